@@ -1,0 +1,34 @@
+"""Errors that users meet. Each is one clear line: what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+
+class DwmError(Exception):
+    """Root of this package's errors. `exit_code` is what the console returns."""
+
+    exit_code = 1
+
+    def __reduce__(self) -> tuple[type[DwmError], tuple[str]]:
+        return type(self), (str(self),)
+
+
+class UserError(DwmError):
+    """The input is wrong: nothing was started and nothing was written."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An unknown key, a wrong type or an impossible value in the configuration."""
+
+
+class DataError(UserError):
+    """A missing, damaged, foreign or inconsistent data file."""
+
+
+class ResourceError(UserError):
+    """Ray cannot be reached, or the cluster is smaller than the configuration asks."""
+
+
+class TrainingError(DwmError):
+    """The run failed while it was running (NaN loss, collapsed weights, full disk); the last checkpoint is intact."""
