@@ -46,7 +46,7 @@ def adamw_jacobian(
     root = (exp_avg_sq / (1 - beta2**step)).sqrt()
     denominator = root + eps
     jacobian = c1 / denominator - m_hat * (c2 * clipped_grad) / (root * denominator.square())
-    return jacobian.masked_fill(clipped_grad == 0, 0.0)
+    return jacobian.masked_fill((clipped_grad == 0) | (root == 0), 0.0)  # root: g^2 can underflow
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:

@@ -1,0 +1,1 @@
+"""nn.Modules and their presets; nothing here knows how they are distributed."""

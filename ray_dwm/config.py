@@ -1,0 +1,358 @@
+"""The run configuration: frozen dataclasses, YAML files that hold only differences, dotted overrides.
+
+`load(["configs/quickstart.yaml"], ["train.steps=200"])` is all that entry points need. Values are read as
+text and converted by the declared type of their field, so a file and the command line mean the same
+(`1e-4` is a number, `off` is a word), and an unknown key names its nearest neighbour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ray_dwm.errors import ConfigError
+
+frozen = dataclass(frozen=True, kw_only=True, slots=True)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def positive(section: str, owner: Any, *names: str) -> None:
+    """Require the named fields of a section to be greater than 0."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value > 0, f"{section}.{name} is {value}: it must be greater than 0")
+
+
+@frozen
+class PrepareConfig:
+    """Text to token shards; used by `prepare`, and by `train` where the shards do not exist yet."""
+
+    tokenizer: str = ""
+    """A Hugging Face tokenizer folder."""
+    train: str = ""
+    """Files for data.train: a folder, a file or a glob of .jsonl, .jsonl.zst, .parquet or .txt."""
+    target: str = ""
+    held_out: dict[str, str] = field(default_factory=dict)
+    """Name of a held-out set -> files."""
+    seq_len: int = 2048
+    domain_field: str = "domain"
+    """The field that names a record's domain; where a record has none, its file's name does."""
+    rows_per_file: int = 65536
+    workers: int = 2
+    """Parallel tokenisation tasks; the output does not depend on it."""
+
+    def __post_init__(self) -> None:
+        require(self.seq_len >= 2, f"prepare.seq_len is {self.seq_len}: it must be at least 2")
+        positive("prepare", self, "rows_per_file", "workers")
+
+
+@frozen
+class DataConfig:
+    """Token shards (folders with a manifest.json) and the order in which they are read."""
+
+    train: str = ""
+    target: str = ""
+    """What the upper level minimises."""
+    held_out: dict[str, str] = field(default_factory=dict)
+    """Name -> shards that are only ever evaluated."""
+    block_rows: int = 32
+    """Contiguous rows that are read together."""
+    window_blocks: int = 1024
+    """Blocks whose rows are shuffled among each other."""
+    prefetch_batches: int = 4
+
+    def __post_init__(self) -> None:
+        positive("data", self, "block_rows", "window_blocks", "prefetch_batches")
+
+
+@frozen
+class LmConfig:
+    """The LM: a preset (see models/lm.py); 0 keeps the preset's or the data's value."""
+
+    preset: str = "quickstart"
+    seq_len: int = 0
+    """Tokens of each training sequence that are used; 0 means the shards' sequence length."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+
+@frozen
+class TrainConfig:
+    """The lower level: optimizer, schedule, batch and precision."""
+
+    steps: int = 1000
+    global_batch: int = 64
+    """Sequences in one optimizer step, over all workers."""
+    micro_batch: int = 32
+    """Sequences in one forward pass of one worker."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Gradient clipping threshold; 0 switches clipping off."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 20
+    min_lr_ratio: float = 0.1
+    decay_fraction: float = 0.1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    eval_every: int = 100
+    eval_sequences: int = 256
+    """Sequences of each evaluation set used for the curves; the final evaluation uses all."""
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        positive("train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "log_every")
+        positive("train", self, "eval_sequences")
+        for name in ("beta1", "beta2", "momentum", "min_lr_ratio", "decay_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"train.{name} is {value}: it must lie between 0 and 1")
+        require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}: it must not be negative")
+
+
+@frozen
+class DwmConfig:
+    """The Data Weighting Model and its optimizer."""
+
+    enabled: bool = True
+    """False: uniform weights, plain training, no actor."""
+    size: Literal["xs", "s", "m", "l"] = "xs"
+    lm_features: bool = False
+    """Also look at every sample's current LM loss and entropy (costs a forward where micro-batches accumulate)."""
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    temperature: float = 1.0
+    floor: float = 0.0
+    delay_steps: int = 1
+    """LM steps between a bi-level step and the use of the DWM version it made."""
+    min_ess_fraction: float = 0.05
+    """The run stops where ESS / global batch falls below this: the weights have collapsed."""
+
+    def __post_init__(self) -> None:
+        positive("dwm", self, "lr", "temperature")
+        require(0 <= self.floor < 1, f"dwm.floor is {self.floor}: it must lie in [0, 1)")
+        require(self.delay_steps >= 0, f"dwm.delay_steps is {self.delay_steps}: it must not be negative")
+
+
+@frozen
+class BilevelConfig:
+    """The upper level: when and how the hypergradient is estimated."""
+
+    every: int = 10
+    warmup_steps: int = 20
+    estimator: Literal["central", "exact", "jvp"] = "central"
+    target_batch: int = 32
+    """Target sequences drawn afresh for each bi-level step, over all workers."""
+    kl: float = 0.1
+    """Pull to uniform weights, in units of the alignments' standard deviation."""
+    updates: int = 1
+    """Optimizer steps of the DWM per bi-level step."""
+    scale_decay: float = 0.9
+    """Memory of the running variance by which alignments are standardised."""
+    epsilon: float = 1e-2
+    """Length of the central difference's perturbation of the parameters, |theta' - theta|."""
+
+    def __post_init__(self) -> None:
+        positive("bilevel", self, "every", "target_batch", "epsilon", "updates")
+        require(self.warmup_steps >= 1, "bilevel.warmup_steps is 0: at Adam's first step the hypergradient is noise")
+        require(self.kl >= 0, f"bilevel.kl is {self.kl}: it must not be negative")
+        require(0 <= self.scale_decay < 1, f"bilevel.scale_decay is {self.scale_decay}: it must lie in [0, 1)")
+
+
+@frozen
+class ClusterConfig:
+    """What the run asks of Ray."""
+
+    workers: int = 2
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    dwm_cpus: float = 1.0
+    dwm_gpus: float = 0.0
+    max_failures: int = 3
+    """Restarts of the worker group before the run gives up; -1 never does."""
+    ingest_memory_mb: int = 512
+    """Object store memory that one worker's ingest may hold."""
+
+    def __post_init__(self) -> None:
+        positive("cluster", self, "workers", "cpus_per_worker", "ingest_memory_mb")
+
+
+@frozen
+class CheckpointConfig:
+    """DCP checkpoints of the whole training state."""
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        positive("checkpoint", self, "every", "keep")
+
+
+@frozen
+class TrackingConfig:
+    """Where figures go besides metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online where WANDB_API_KEY is set, else offline; off never imports wandb."""
+    project: str = "ray_dwm"
+    group: str = ""
+    weights_every: int = 1
+    """Steps between two records of all weights in weights/*.parquet."""
+
+    def __post_init__(self) -> None:
+        positive("tracking", self, "weights_every")
+
+
+@frozen
+class RunConfig:
+    """Everything that defines a run; stored in the run folder as config.yaml."""
+
+    name: str = "run"
+    storage: str = "runs"
+    """Folder of run folders, visible from all nodes."""
+    seed: int = 0
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lm: LmConfig = field(default_factory=LmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    dwm: DwmConfig = field(default_factory=DwmConfig)
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, f"name is {self.name!r}: it must be a plain folder name")
+        self.local_batch("train.global_batch", self.train.global_batch)
+        if self.dwm.enabled:
+            self.local_batch("bilevel.target_batch", self.bilevel.target_batch)
+
+    def local_batch(self, key: str, sequences: int) -> int:
+        """Sequences per worker, split into whole micro-batches."""
+        workers, micro = self.cluster.workers, self.train.micro_batch
+        require(
+            sequences % workers == 0,
+            f"{key} is {sequences}, not divisible by cluster.workers = {workers}: use a multiple of {workers}",
+        )
+        local = sequences // workers
+        require(
+            local % min(micro, local) == 0,
+            f"{key} = {sequences} gives {local} sequences per worker, not divisible by "
+            f"train.micro_batch = {micro}: choose a divisor of {local}",
+        )
+        return local
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.storage).expanduser().absolute() / self.name
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The fully resolved configuration as plain values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The fully resolved configuration as YAML that `load` reads back to the same configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> RunConfig:
+    """Defaults, then each YAML file, then each `dotted.key=value` override.
+
+    Raises:
+        ConfigError: naming the file or override, the key, and what would be valid.
+    """
+    values: dict[str, Any] = {}
+    for file in files:
+        _merge(values, _read(Path(file)), "", str(file))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        require(bool(separator), f"override {override!r} is not of the form key=value")
+        nested: Any = text
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        _merge(values, nested, "", "command line")
+    return typing.cast(RunConfig, build(RunConfig, values))
+
+
+def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
+    """A dataclass from nested text values, converted by the declared types."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown configuration key {path}{key}: did you mean {path}{near[0]}?")
+    return cls(**{key: _convert(value, known[key], f"{path}{key}") for key, value in values.items()})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        # BaseLoader leaves scalars as text: the fields' types decide, not YAML's guesses.
+        content = yaml.load(file.read_text(), Loader=yaml.BaseLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {file} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"configuration file {file} cannot be read: {reason}") from None
+    if content in (None, ""):
+        return {}
+    require(isinstance(content, dict), f"configuration file {file} must hold a mapping of sections")
+    return dict(content)
+
+
+def _merge(base: dict[str, Any], extra: Mapping[str, Any], path: str, source: str) -> None:
+    for key, value in extra.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key, {}), dict):
+            _merge(base.setdefault(key, {}), value, f"{path}{key}.", source)
+        else:
+            require(
+                isinstance(value, Mapping) or not isinstance(base.get(key), dict),
+                f"{source}: {path}{key} is a section, not a value",
+            )
+            base[key] = value
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        require(isinstance(value, Mapping), f"{path} is a section, not the value {value!r}")
+        return build(typing.cast(type, kind), value, f"{path}.")
+    if origin is dict:
+        require(isinstance(value, Mapping), f"{path} is {value!r}: it must be a mapping")
+        return {str(k): str(v) for k, v in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    require(not isinstance(value, (Mapping, list)), f"{path} is {value!r}: it must be a single value")
+    text = str(value).strip()
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        require(text in choices, f"{path} is {text!r}: it must be one of {', '.join(choices)}")
+        return text
+    if kind is bool:
+        words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+        require(text.lower() in words, f"{path} is {text!r}: it must be true or false")
+        return words[text.lower()]
+    try:
+        number = kind(text.replace("_", "")) if kind is int else kind(text)
+    except ValueError:
+        raise ConfigError(f"{path} is {text!r}: it must be of type {kind.__name__}") from None
+    require(kind is not float or number == number and abs(number) != float("inf"), f"{path} is {text!r}: not finite")
+    return number

@@ -1,0 +1,77 @@
+"""Models as folders: the LM in Hugging Face layout, the DWM as config.json plus model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ray_dwm.errors import DataError
+from ray_dwm.models.dwm import DataWeightingModel, DwmShape
+
+_MODEL_CARD = """---
+library_name: transformers
+tags: [llama, ray_dwm]
+---
+# {name}
+
+A Llama LM trained with [ray_dwm](https://pypi.org/project/ray-dwm/) for {tokens:,} tokens ({steps} steps),
+with {weighting} weights. The resolved configuration is in `ray_dwm_config.yaml`.
+"""
+
+
+def save_lm(
+    folder: Path, config: LlamaConfig, state: dict[str, Tensor], *, config_yaml: str, name: str, tokens: int, steps: int,
+    weighting: str,
+) -> None:
+    """Write an LM as a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+        state: full (unsharded) state dict on the CPU, with the names of LlamaForCausalLM.
+    """
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(state)
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    (folder / "ray_dwm_config.yaml").write_text(config_yaml)
+    (folder / "README.md").write_text(_MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting))
+
+
+def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance: dict[str, Any]) -> None:
+    """Write a DWM folder.
+
+    Args:
+        provenance: tokenizer_sha256, version, and the LM and step it was learnt on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "ray_dwm", **shape.to_dict(), **provenance}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+
+
+def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWeightingModel, dict[str, Any]]:
+    """Read a DWM folder.
+
+    Args:
+        tokenizer_sha256: refuse a DWM that was learnt with another tokenizer.
+
+    Raises:
+        DataError: missing, damaged, or of another tokenizer.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / "model.safetensors")
+        shape = DwmShape(**{k: config[k] for k in DwmShape.__dataclass_fields__})
+        model = DataWeightingModel(shape)
+        model.load_state_dict(state)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{folder} is not a readable DWM folder ({reason}): export it again") from None
+    if tokenizer_sha256 is not None and config.get("tokenizer_sha256") != tokenizer_sha256:
+        raise DataError(f"{folder} was learnt with another tokenizer: prepare the data with that tokenizer, or learn anew")
+    return model, config
