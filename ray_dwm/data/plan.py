@@ -1,0 +1,100 @@
+"""Which sequence is in which global batch: a pure function of (files, seed, epoch).
+
+The files are cut into blocks of contiguous rows; an epoch permutes the blocks, groups consecutive ones into
+windows and permutes the rows of each window. Reading therefore touches a bounded part of the corpus at a
+time, nothing is shuffled in memory or in an object store, and batch k holds the same samples whatever the
+number of workers, the accumulation or the number of restarts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_dwm.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where training is: `batches` global batches have been consumed, all epochs counted."""
+
+    batches: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadPlan:
+    """The read order. Rows are numbered through all files.
+
+    An epoch has `rows // global_batch` batches; the remainder, a different one every epoch, is left out.
+    """
+
+    rows_per_file: tuple[int, ...]
+    global_batch: int
+    seed: int
+    block_rows: int = 32
+    window_blocks: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.batches_per_epoch == 0:
+            raise DataError(
+                f"the shards hold {sum(self.rows_per_file)} sequences, fewer than a global batch of "
+                f"{self.global_batch}: prepare more data or lower the batch"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole global batches in one epoch."""
+        return sum(self.rows_per_file) // self.global_batch
+
+    def rows(self, batch: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
+        """Row numbers of one rank's share of global batch `batch` (counted over all epochs), shape (B / world,)."""
+        epoch, within = divmod(batch, self.batches_per_epoch)
+        share = self.global_batch // world
+        start = within * self.global_batch + rank * share
+        return self._span(epoch, start, start + share)
+
+    def _span(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Row numbers at positions start..stop-1 of an epoch's order."""
+        _, bounds = _epoch_windows(self, epoch)
+        first = int(np.searchsorted(bounds, start, side="right")) - 1
+        last = int(np.searchsorted(bounds, stop - 1, side="right")) - 1
+        order = np.concatenate([_window_rows(self, epoch, window) for window in range(first, last + 1)])
+        offset = int(bounds[first])
+        return order[start - offset : stop - offset]
+
+
+def _generator(plan: ReadPlan, *key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((plan.seed, *key))))
+
+
+@lru_cache(maxsize=4)
+def _epoch_windows(plan: ReadPlan, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """An epoch's blocks in order, shape (blocks, 2) as [start, stop), and the first position of each window."""
+    blocks = []
+    base = 0
+    for rows in plan.rows_per_file:
+        starts = np.arange(base, base + rows, plan.block_rows, dtype=np.int64)
+        blocks.append(np.stack([starts, np.minimum(starts + plan.block_rows, base + rows)], axis=1))
+        base += rows
+    order = np.concatenate(blocks)
+    order = order[_generator(plan, epoch).permutation(len(order))]
+    ends = np.concatenate([[0], np.cumsum(order[:, 1] - order[:, 0])])
+    return order, ends[:-1][:: plan.window_blocks]
+
+
+@lru_cache(maxsize=4)
+def _window_rows(plan: ReadPlan, epoch: int, window: int) -> NDArray[np.int64]:
+    """The rows of one window in their final order."""
+    order, _ = _epoch_windows(plan, epoch)
+    blocks = order[window * plan.window_blocks : (window + 1) * plan.window_blocks]
+    rows = np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in blocks])
+    return _generator(plan, epoch, window).permutation(rows)
+
+
+def target_rows(rows: int, batch: int, update: int, seed: int) -> NDArray[np.int64]:
+    """Rows of the target batch of the update-th bi-level step, drawn afresh without replacement, shape (batch,)."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1, update))))
+    return generator.choice(rows, size=batch, replace=False).astype(np.int64)

@@ -1,0 +1,40 @@
+"""Text to token ids with any Hugging Face tokenizer folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from ray_dwm.data.manifest import file_sha256
+from ray_dwm.errors import DataError
+
+
+class Tokenizer:
+    """A tokenizer folder, with what a manifest records of it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder).expanduser().absolute()
+        if not (path / "tokenizer.json").is_file():
+            raise DataError(f"{path} holds no tokenizer.json: name a Hugging Face tokenizer folder in prepare.tokenizer")
+        try:
+            self._hf = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # transformers and tokenizers raise many kinds for a damaged folder
+            raise DataError(f"tokenizer folder {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+        if self._hf.eos_token_id is None:
+            raise DataError(f"tokenizer {path} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+        self.name = path.name
+        self.sha256 = file_sha256(path / "tokenizer.json")
+        self.eos_token_id = int(self._hf.eos_token_id)
+        self.vocab_size = len(self._hf)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each document, closed by the end-of-sequence token; markers inside a text stay text."""
+        encoded = self._hf(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        return [[*ids, self.eos_token_id] for ids in encoded["input_ids"]]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids."""
+        return str(self._hf.decode(ids))
