@@ -1,0 +1,151 @@
+"""The lower level: one optimizer step on a weighted global batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
+
+from ray_dwm.config import TrainConfig
+from ray_dwm.core.hypergradient import clip_coefficient
+from ray_dwm.core.losses import sample_losses, sample_statistics
+from ray_dwm.core.schedules import lr_factor
+from ray_dwm.engine.batch import Batch
+from ray_dwm.engine.mesh import all_sum, shard
+from ray_dwm.engine.weigher import Weigher
+from ray_dwm.errors import TrainingError
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step leaves behind; B = global batch, b = this rank's share."""
+
+    losses_b: Tensor
+    """l_i, detached, (b,)."""
+    scores_B: Tensor | None
+    weights_B: Tensor
+    statistics_bS: Tensor | None
+    tokens_per_sample: float
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+
+
+def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; weight decay on matrices only."""
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def tokens_per_sample(batch: Batch, global_batch: int) -> float:
+    """Mean number of counted predictions per sample over the global batch."""
+    return float(all_sum(batch.mask.sum().double())) / global_batch
+
+
+def forward_losses(model: LlamaForCausalLM, batch: Batch, tokens: float) -> tuple[Tensor, Tensor]:
+    """(logits, l_i) of a micro-batch."""
+    logits_bTV = model(input_ids=batch.input_ids).logits
+    return logits_bTV, sample_losses(logits_bTV, batch.input_ids, batch.mask, tokens)
+
+
+@torch.no_grad()
+def batch_losses(model: LlamaForCausalLM, batch: Batch, micro_batch: int, tokens: float) -> Tensor:
+    """l_i of this rank's share without a graph, (b,)."""
+    return torch.cat([forward_losses(model, part, tokens)[1] for part in batch.micro_batches(micro_batch)])
+
+
+class LowerLevel:
+    """The LM, its optimizer and the step that joins them."""
+
+    def __init__(self, model: LlamaForCausalLM, config: TrainConfig, total_steps: int) -> None:
+        self.model, self.config, self._total_steps = model, config, total_steps
+        self.optimizer = build_optimizer(model, config)
+        self.parameters = list(model.parameters())
+
+    def lr(self, step: int) -> float:
+        """Learning rate of LM step `step` (from 0)."""
+        c = self.config
+        return c.lr * lr_factor(
+            step,
+            total_steps=self._total_steps,
+            warmup_steps=c.warmup_steps,
+            schedule=c.schedule,
+            min_ratio=c.min_lr_ratio,
+            decay_fraction=c.decay_fraction,
+        )
+
+    def step(self, step: int, batch: Batch, weigher: Weigher | None) -> StepResult:
+        """Forward, weights, backward, clip, optimizer step; the clipped gradients stay in place.
+
+        Raises:
+            TrainingError: where the loss or its gradient is not finite; the optimizer has not moved.
+        """
+        micro = batch.micro_batches(self.config.micro_batch)
+        tokens = tokens_per_sample(batch, self.config.global_batch)
+        # A single micro-batch is weighed between its forward and its backward: its statistics cost nothing.
+        first = forward_losses(self.model, micro[0], tokens) if len(micro) == 1 else None
+        statistics_bS = self._statistics(micro, first, weigher)
+        scores_B, weights_B = self._weights(batch, weigher, statistics_bS)
+        start = dist.get_rank() * len(batch)
+        weights_b = weights_B[start : start + len(batch)]
+        losses = []
+        for index, part in enumerate(micro):
+            _, losses_m = first if first is not None else forward_losses(self.model, part, tokens)
+            offset = index * self.config.micro_batch
+            # FSDP averages gradients over ranks; times W, the average is the weighted sum.
+            objective = dist.get_world_size() * torch.dot(weights_b[offset : offset + len(part)], losses_m)
+            objective.backward()
+            losses.append(losses_m.detach())
+        norm = self._clip(step)
+        lr = self.lr(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr)
+
+    def _statistics(
+        self, micro: list[Batch], first: tuple[Tensor, Tensor] | None, weigher: Weigher | None
+    ) -> Tensor | None:
+        if weigher is None or not weigher.uses_statistics:
+            return None
+        with torch.no_grad():
+            logits = [first[0]] if first is not None else [self.model(input_ids=m.input_ids).logits for m in micro]
+            return torch.cat([sample_statistics(x, m.input_ids, m.mask) for x, m in zip(logits, micro, strict=True)])
+
+    def _weights(
+        self, batch: Batch, weigher: Weigher | None, statistics_bS: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        if weigher is None:
+            size = self.config.global_batch
+            return None, torch.full((size,), 1.0 / size, device=batch.input_ids.device)
+        return weigher.weigh(batch.input_ids, statistics_bS)
+
+    def _clip(self, step: int) -> float:
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(grads)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient is not finite at step {step} (norm {norm}): lower train.lr or train.clip_norm; "
+                "the last checkpoint is intact"
+            )
+        coefficient = clip_coefficient(norm, self.config.clip_norm)
+        if coefficient < 1.0:
+            torch._foreach_mul_([shard(g) for g in grads], coefficient)
+        return norm
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,116 @@
+"""A rank's replica of the DWM: weights over the GLOBAL batch, and the versions that are in flight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ray_dwm.config import RunConfig
+from ray_dwm.core.schedules import BilevelSchedule
+from ray_dwm.core.weighting import weights_from_scores
+from ray_dwm.engine.learner import Feedback, State, WeightService
+from ray_dwm.engine.mesh import all_gather_rows
+from ray_dwm.models.dwm import DataWeightingModel
+
+
+class Weigher:
+    """Applies DWM version v at exactly the step that the schedule names, however long the actor takes."""
+
+    def __init__(
+        self, config: RunConfig, model: DataWeightingModel, start: State, service: WeightService, device: torch.device
+    ) -> None:
+        self._config, self._service = config, service
+        self._schedule = schedule(config)
+        self._model = model.to(device).eval()
+        # State of every version from the applied one to the newest: what a checkpoint must hold.
+        self._versions: dict[int, State] = {0: start}
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether the DWM looks at the LM's loss and entropy."""
+        return self._config.dwm.lm_features
+
+    @property
+    def slots(self) -> int:
+        """The most versions that can be in flight at once, the applied one included."""
+        return self._config.dwm.delay_steps // self._config.bilevel.every + 2
+
+    def advance(self, step: int) -> None:
+        """Swap in the version that LM step `step` uses, waiting for it if it is late."""
+        version = self._schedule.version(step)
+        if version in self._versions and min(self._versions) == version:
+            return
+        self._collect(version)
+        for old in [v for v in self._versions if v < version]:
+            del self._versions[old]
+        self._apply(version)
+
+    def _collect(self, newest: int) -> None:
+        for version in range(max(self._versions) + 1, newest + 1):
+            publication = self._service.fetch(version)
+            self._versions[version] = publication.state
+            self.metrics = {"version": float(version), **publication.metrics}
+
+    def _apply(self, version: int) -> None:
+        phi = {k.removeprefix("phi."): v for k, v in self._versions[version].items() if k.startswith("phi.")}
+        self._model.load_state_dict(phi)
+
+    @property
+    def version(self) -> int:
+        """The applied version."""
+        return min(self._versions)
+
+    @torch.no_grad()
+    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(scores, weights) of the global batch, both (B,), from this rank's sequences (b, T)."""
+        embeddings_BD = all_gather_rows(self._model.encode(input_ids_bT))
+        statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)
+        scores_B = self._model.scores(embeddings_BD, statistics_BS)
+        return scores_B, weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
+
+    def submit(self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None) -> None:
+        """Send the feedback of a bi-level step upwards."""
+        self._service.submit(
+            Feedback(
+                version=self._schedule.updates_before(step + 1),
+                input_ids=all_gather_rows(input_ids_bT).cpu(),
+                alignments=all_gather_rows(alignments_b).cpu(),
+                statistics=None if statistics_bS is None else all_gather_rows(statistics_bS).cpu(),
+            )
+        )
+
+    def state_dict(self, step: int) -> State:
+        """State for a checkpoint after `step` LM steps: waits for the newest version, keeps all in flight.
+
+        Slot j holds version newest - j, or the oldest in flight where there are fewer.
+        """
+        newest = self._schedule.updates_before(step)
+        metrics = self.metrics
+        self._collect(newest)
+        self.metrics = metrics
+        oldest = min(self._versions)
+        return {
+            f"{slot}.{key}": value
+            for slot in range(self.slots)
+            for key, value in self._versions[max(newest - slot, oldest)].items()
+        }
+
+    def load_state_dict(self, step: int, state: State) -> None:
+        """Continue after `step` LM steps: roll the service back and apply the version in force."""
+        self._versions = {}
+        for slot in range(self.slots):
+            prefix = f"{slot}."
+            part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            self._versions[int(part["counters"][0])] = part
+        self._service.restore(self._versions[self._schedule.updates_before(step)])
+        version = self._schedule.version(step)
+        self._versions = {v: s for v, s in self._versions.items() if v >= version}
+        self._apply(version)
+
+
+def schedule(config: RunConfig) -> BilevelSchedule:
+    """The bi-level schedule of a run."""
+    return BilevelSchedule(
+        every=config.bilevel.every, warmup_steps=config.bilevel.warmup_steps, delay_steps=config.dwm.delay_steps
+    )
