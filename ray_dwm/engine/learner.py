@@ -22,7 +22,14 @@ from ray_dwm.core.weighting import (
 from ray_dwm.models.dwm import DwmShape, build_dwm
 
 State = dict[str, Tensor]
-"""A learner's state as flat tensors: `phi.*`, `exp_avg.*`, `exp_avg_sq.*` and `counters`."""
+"""A learner's state as flat tensors: `phi.*`, `exp_avg.*`, `exp_avg_sq.*`, `counters` and the last update's `metrics`.
+
+It is at once what a version publishes, what a checkpoint keeps and what a restarted actor is given back.
+"""
+
+METRICS = ("hypergrad_norm", "kl", "update_ess", "alignment_scale", "predicted_gain")
+"""Figures of an update: |dJ/dphi|, KL of the weights in nats, their ESS in sequences, the alignments' running
+standard deviation in nats, and the expected fall of the target loss in nats that the batch's step brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +46,6 @@ class Feedback:
     """(B, S) or None."""
 
 
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """A DWM version: the learner's whole state and the figures of the update that made it."""
-
-    state: State
-    metrics: dict[str, float]
-
-
 class DwmLearner:
     """Holds the DWM, its AdamW state and the alignments' running scale."""
 
@@ -55,6 +54,7 @@ class DwmLearner:
         self.model = build_dwm(shape, seed)
         self.version = 0
         self._running_variance = 0.0
+        self._metrics = [0.0] * len(METRICS)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
         self._optimizer = torch.optim.AdamW(
@@ -63,29 +63,29 @@ class DwmLearner:
             betas=(0.9, 0.95),
         )
 
-    def update(self, feedback: Feedback) -> Publication:
+    def update(self, feedback: Feedback) -> State:
         """One bi-level update: scores, weights, dJ/dphi by the chain rule, AdamW step."""
         assert feedback.version == self.version + 1, "feedback must come in order"
         alignments_B, self._running_variance = standardise(
             feedback.alignments, self._running_variance, self._bilevel.scale_decay
         )
-        metrics: dict[str, float] = {}
         for _ in range(self._bilevel.updates):
             scores_B = self.model(feedback.input_ids, feedback.statistics)
             weights_B = weights_from_scores(scores_B, self._dwm.temperature, self._dwm.floor)
             self._optimizer.zero_grad()
             upper_objective(weights_B, alignments_B, self._bilevel.kl).backward()
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            metrics = {
-                "hypergrad_norm": float(torch.nn.utils.get_total_norm(grads)),
-                "kl": float(kl_to_uniform(weights_B.detach())),
-                "update_ess": float(effective_sample_size(weights_B.detach())),
-                "alignment_scale": self._running_variance**0.5,
-                "predicted_gain": -float(torch.dot(weights_B.detach(), feedback.alignments)),
-            }
+            weights_B = weights_B.detach()
+            self._metrics = [
+                float(torch.nn.utils.get_total_norm(grads)),
+                float(kl_to_uniform(weights_B)),
+                float(effective_sample_size(weights_B)),
+                self._running_variance**0.5,
+                -float(torch.dot(weights_B, feedback.alignments)),
+            ]
             self._optimizer.step()
         self.version += 1
-        return Publication(self.state(), metrics)
+        return self.state()
 
     def state(self) -> State:
         """A copy of the whole state."""
@@ -96,12 +96,14 @@ class DwmLearner:
                 state[f"{slot}.{name}"] = slots[slot].clone() if slots else torch.zeros_like(p)
         steps = self.version * self._bilevel.updates
         state["counters"] = torch.tensor([self.version, steps, self._running_variance], dtype=torch.float64)
+        state["metrics"] = torch.tensor(self._metrics, dtype=torch.float64)
         return state
 
     def load_state(self, state: State) -> None:
         """Take over a state."""
         version, steps, variance = state["counters"].tolist()
         self.version, self._running_variance = int(version), variance
+        self._metrics = state["metrics"].tolist()
         for name, p in self.model.named_parameters():
             p.data.copy_(state[f"phi.{name}"])
             if steps:
@@ -125,8 +127,8 @@ class WeightService(Protocol):
         """Hand over feedback; returns at once."""
         ...
 
-    def fetch(self, version: int) -> Publication:
-        """The publication of a version that was submitted; waits until it is there."""
+    def fetch(self, version: int) -> State:
+        """The state of a version that was submitted; waits until it is there."""
         ...
 
 
@@ -135,7 +137,7 @@ class LocalWeightService:
 
     def __init__(self, learner: DwmLearner) -> None:
         self._learner = learner
-        self._done: dict[int, Publication] = {}
+        self._done: dict[int, State] = {}
 
     def restore(self, state: State) -> None:
         """See WeightService."""
@@ -146,6 +148,6 @@ class LocalWeightService:
         """See WeightService."""
         self._done[feedback.version] = self._learner.update(feedback)
 
-    def fetch(self, version: int) -> Publication:
+    def fetch(self, version: int) -> State:
         """See WeightService."""
         return self._done.pop(version)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ray_dwm.config import RunConfig
 from ray_dwm.core.schedules import BilevelSchedule
 from ray_dwm.core.weighting import weights_from_scores
-from ray_dwm.engine.learner import Feedback, State, WeightService
+from ray_dwm.engine.learner import METRICS, Feedback, State, WeightService
 from ray_dwm.engine.mesh import all_gather_rows
 from ray_dwm.models.dwm import DataWeightingModel
 
@@ -24,7 +24,6 @@ class Weigher:
         self._model = model.to(device).eval()
         # State of every version from the applied one to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
-        self.metrics: dict[str, float] = {}
 
     @property
     def uses_statistics(self) -> bool:
@@ -48,9 +47,7 @@ class Weigher:
 
     def _collect(self, newest: int) -> None:
         for version in range(max(self._versions) + 1, newest + 1):
-            publication = self._service.fetch(version)
-            self._versions[version] = publication.state
-            self.metrics = {"version": float(version), **publication.metrics}
+            self._versions[version] = self._service.fetch(version)
 
     def _apply(self, version: int) -> None:
         phi = {k.removeprefix("phi."): v for k, v in self._versions[version].items() if k.startswith("phi.")}
@@ -60,6 +57,11 @@ class Weigher:
     def version(self) -> int:
         """The applied version."""
         return min(self._versions)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the update that made the applied version."""
+        return dict(zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True))
 
     @torch.no_grad()
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,9 +88,7 @@ class Weigher:
         Slot j holds version newest - j, or the oldest in flight where there are fewer.
         """
         newest = self._schedule.updates_before(step)
-        metrics = self.metrics
         self._collect(newest)
-        self.metrics = metrics
         oldest = min(self._versions)
         return {
             f"{slot}.{key}": value
