@@ -1,0 +1,104 @@
+"""DCP checkpoints: LM, optimizer, step, data cursor, RNG and the DWM with its optimizer and version as one state.
+
+A checkpoint is written to `step_*.tmp` and renamed when it is whole, so the newest `step_*` is always good.
+All values are tensors: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from ray_dwm.data.plan import Cursor
+from ray_dwm.engine.step import LowerLevel
+from ray_dwm.engine.weigher import Weigher
+from ray_dwm.errors import TrainingError
+
+
+class Checkpointer:
+    """Saves and restores the training state of all ranks."""
+
+    def __init__(self, folder: Path, keep: int, lower: LowerLevel, weigher: Weigher | None) -> None:
+        self._folder, self._keep, self._lower, self._weigher = folder, keep, lower, weigher
+
+    def _state(self, step: int, cursor: Cursor) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self._lower.model, self._lower.optimizer)
+        state: dict[str, Any] = {
+            "lm": model,
+            "optimizer": optimizer,
+            "loop": {
+                "step": torch.tensor(step),
+                "cursor": torch.tensor(cursor.batches),
+                "rng": torch.get_rng_state(),
+            },
+        }
+        if self._weigher is not None:
+            state["dwm"] = self._weigher.state_dict(step)
+        return state
+
+    def save(self, step: int, cursor: Cursor) -> Path:
+        """Write the state after `step` steps and drop the oldest checkpoints beyond `keep`.
+
+        Raises:
+            TrainingError: no space or no permission; the checkpoints that were there are untouched.
+        """
+        path = self._folder / f"step_{step:09d}"
+        temporary = path.with_suffix(".tmp")
+        state = self._state(step, cursor)
+        self._require_space(state)
+        try:
+            dcp.save(state, checkpoint_id=temporary)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(
+                f"checkpoint of step {step} could not be written to {self._folder} ({str(error).splitlines()[0]}): free "
+                "space there and start the same command again; the last checkpoint is intact"
+            ) from None
+        if dist.get_rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            for old in list_checkpoints(self._folder)[: -self._keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+        return path
+
+    def _require_space(self, state: dict[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        needed = int(1.05 * sum(p.numel() * 4 for p in self._lower.parameters) * 3)
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise TrainingError(
+                f"{self._folder} has {free / 2**30:.1f} GiB free, a checkpoint takes about {needed / 2**30:.1f} GiB: free "
+                "space there and start the same command again; the last checkpoint is intact"
+            )
+
+    def load_latest(self) -> tuple[int, Cursor]:
+        """Restore the newest whole checkpoint: (completed steps, cursor); (0, start) where there is none."""
+        found = list_checkpoints(self._folder)
+        if not found:
+            return 0, Cursor()
+        state = self._state(0, Cursor())
+        dcp.load(state, checkpoint_id=found[-1])
+        set_state_dict(
+            self._lower.model,
+            self._lower.optimizer,
+            model_state_dict=state["lm"],
+            optim_state_dict=state["optimizer"],
+        )
+        step = int(state["loop"]["step"])
+        torch.set_rng_state(state["loop"]["rng"])
+        if self._weigher is not None:
+            self._weigher.load_state_dict(step, state["dwm"])
+        return step, Cursor(int(state["loop"]["cursor"]))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob("step_*/.metadata") if not path.parent.name.endswith(".tmp"))
