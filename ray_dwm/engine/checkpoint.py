@@ -52,7 +52,7 @@ class Checkpointer:
         path = self._folder / f"step_{step:09d}"
         temporary = path.with_suffix(".tmp")
         state = self._state(step, cursor)
-        self._require_space(state)
+        self._require_space()
         try:
             dcp.save(state, checkpoint_id=temporary)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -69,7 +69,7 @@ class Checkpointer:
         dist.barrier()
         return path
 
-    def _require_space(self, state: dict[str, Any]) -> None:
+    def _require_space(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         needed = int(1.05 * sum(p.numel() * 4 for p in self._lower.parameters) * 3)
         free = shutil.disk_usage(self._folder).free

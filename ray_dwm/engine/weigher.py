@@ -20,7 +20,7 @@ class Weigher:
         self, config: RunConfig, model: DataWeightingModel, start: State, service: WeightService, device: torch.device
     ) -> None:
         self._config, self._service = config, service
-        self._schedule = schedule(config)
+        self.schedule = schedule(config)
         self._model = model.to(device).eval()
         # State of every version from the applied one to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
@@ -37,7 +37,7 @@ class Weigher:
 
     def advance(self, step: int) -> None:
         """Swap in the version that LM step `step` uses, waiting for it if it is late."""
-        version = self._schedule.version(step)
+        version = self.schedule.version(step)
         if version in self._versions and min(self._versions) == version:
             return
         self._collect(version)
@@ -75,7 +75,7 @@ class Weigher:
         """Send the feedback of a bi-level step upwards."""
         self._service.submit(
             Feedback(
-                version=self._schedule.updates_before(step + 1),
+                version=self.schedule.updates_before(step + 1),
                 input_ids=all_gather_rows(input_ids_bT).cpu(),
                 alignments=all_gather_rows(alignments_b).cpu(),
                 statistics=None if statistics_bS is None else all_gather_rows(statistics_bS).cpu(),
@@ -87,11 +87,11 @@ class Weigher:
 
         Slot j holds version newest - j, or the oldest in flight where there are fewer.
         """
-        newest = self._schedule.updates_before(step)
+        newest = self.schedule.updates_before(step)
         self._collect(newest)
         oldest = min(self._versions)
         return {
-            f"{slot}.{key}": value
+            f"{slot}.{key}": value.clone()  # slots may hold the same version, and loading writes in place
             for slot in range(self.slots)
             for key, value in self._versions[max(newest - slot, oldest)].items()
         }
@@ -103,8 +103,8 @@ class Weigher:
             prefix = f"{slot}."
             part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             self._versions[int(part["counters"][0])] = part
-        self._service.restore(self._versions[self._schedule.updates_before(step)])
-        version = self._schedule.version(step)
+        self._service.restore(self._versions[self.schedule.updates_before(step)])
+        version = self.schedule.version(step)
         self._versions = {v: s for v, s in self._versions.items() if v >= version}
         self._apply(version)
 

@@ -1,0 +1,250 @@
+"""The training loop: read this file first.
+
+A run is: build everything from the configuration, restore the newest checkpoint, then per step
+read a global batch -> weigh it -> take the LM's step -> every N steps feed the upper level -> log -> evaluate
+-> checkpoint. `fit` below is that sentence as code.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ray_dwm.config import RunConfig
+from ray_dwm.core.weighting import effective_sample_size, normalised_entropy
+from ray_dwm.data.plan import Cursor, target_rows
+from ray_dwm.data.shards import ShardReader, Rows
+from ray_dwm.engine.batch import Batch, BatchSource, to_batch
+from ray_dwm.engine.bilevel import BilevelStep
+from ray_dwm.engine.checkpoint import Checkpointer
+from ray_dwm.engine.evaluate import fixed_share, mean_loss
+from ray_dwm.engine.mesh import all_gather_rows, all_sum
+from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter, read_metrics
+from ray_dwm.engine.step import LowerLevel, StepResult
+from ray_dwm.engine.weigher import Weigher
+from ray_dwm.errors import TrainingError
+
+PHASES = ("data", "dwm_wait", "step", "bilevel")
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each phase of the current step."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the body's duration to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The step's seconds; starts anew."""
+        seconds, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is put together from; `setup.build` makes it."""
+
+    config: RunConfig
+    device: torch.device
+    seq_len: int
+    lower: LowerLevel
+    source: BatchSource
+    target: ShardReader | None
+    evaluation: dict[str, ShardReader]
+    """Name of an evaluation set -> its shards."""
+    domains: list[str]
+    weigher: Weigher | None
+    sinks: list[MetricSink] = field(default_factory=list)
+    """Besides metrics.jsonl; used on rank 0."""
+    on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None
+    """Called on all ranks after a checkpoint: (step, folder, last figures)."""
+
+
+class Trainer:
+    """Runs the loop of one attempt."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts, self._config = parts, parts.config
+        self._lower, self._weigher = parts.lower, parts.weigher
+        self._bilevel = BilevelStep(parts.lower, parts.config.bilevel) if parts.weigher else None
+        self._schedule = parts.weigher.schedule if parts.weigher else None
+        run_dir = parts.config.run_dir
+        self._checkpointer = Checkpointer(
+            run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weigher
+        )
+        self._clock = Clock()
+        self._main = dist.get_rank() == 0
+        self._evaluation = {
+            name: fixed_share(reader, parts.config.train.eval_sequences, parts.seq_len, parts.device)
+            for name, reader in parts.evaluation.items()
+        }
+
+    def fit(self) -> dict[str, float]:
+        """Train from the newest checkpoint to the last step; returns the last figures."""
+        config = self._config
+        step, cursor = self._checkpointer.load_latest()
+        self._open_logs(step)
+        exit_code = 1
+        try:
+            figures = self._log({"step": 0, "tokens": 0, **self._evaluate()}) if step == 0 else {}
+            batches = self._parts.source.stream(cursor.batches, config.train.steps)
+            while step < config.train.steps:
+                with self._clock.phase("data"):
+                    batch = self._batch(next(batches))
+                    cursor = Cursor(cursor.batches + 1)
+                result = self._train_step(step, batch)
+                step += 1
+                figures = self._figures(step, batch, result)
+                if step % config.train.eval_every == 0 or step == config.train.steps:
+                    figures |= self._evaluate()
+                figures = self._log(figures)
+                if step % config.checkpoint.every == 0 or step == config.train.steps:
+                    self._checkpoint(step, cursor, figures)
+            exit_code = 0
+            return figures
+        finally:
+            for sink in self._sinks:
+                sink.close(exit_code)
+
+    def _batch(self, rows: Rows) -> Batch:
+        return to_batch(rows, self._parts.seq_len, self._parts.device)
+
+    def _train_step(self, step: int, batch: Batch) -> StepResult:
+        """One LM step and, where it is due, the bi-level step around it."""
+        if self._weigher is None or self._bilevel is None or self._schedule is None:
+            with self._clock.phase("step"):
+                result = self._lower.step(step, batch, None)
+                self._lower.zero_grad()
+            return result
+        with self._clock.phase("dwm_wait"):
+            self._weigher.advance(step)
+        due = self._schedule.is_bilevel(step)
+        with self._clock.phase("bilevel"):
+            theta = self._bilevel.snapshot() if due else []
+        with self._clock.phase("step"):
+            result = self._lower.step(step, batch, self._weigher)
+        with self._clock.phase("bilevel"):
+            if due:
+                target = self._target_batch(self._schedule.updates_before(step))
+                alignments_b = self._bilevel.alignments(theta, batch, result, target)
+                self._weigher.submit(step, batch.input_ids, alignments_b, result.statistics_bS)
+            self._lower.zero_grad()
+        return result
+
+    def _target_batch(self, update: int) -> Batch:
+        """This rank's share of a fresh target batch."""
+        reader, size = self._parts.target, self._config.bilevel.target_batch
+        assert reader is not None
+        rows = target_rows(reader.manifest.rows, size, update, self._config.seed)
+        share = size // dist.get_world_size()
+        start = dist.get_rank() * share
+        return self._batch(reader.take(rows[start : start + share]))
+
+    def _evaluate(self) -> dict[str, float]:
+        return {
+            f"val/{name}/loss": mean_loss(self._lower.model, batch, self._config.train.micro_batch)
+            for name, batch in self._evaluation.items()
+        }
+
+    def _figures(self, step: int, batch: Batch, result: StepResult) -> dict[str, float]:
+        """A step's line of metrics.jsonl."""
+        seconds = self._clock.take()
+        tokens = self._config.train.global_batch * self._parts.seq_len
+        total = sum(seconds.values())
+        losses = torch.stack([result.losses_b.double().sum(), torch.tensor(float(len(batch)), dtype=torch.float64)])
+        loss_sum, count = all_sum(losses).tolist()
+        figures = {
+            "step": step,
+            "tokens": step * tokens,
+            "loss": loss_sum / count,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": tokens / total,
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+        }
+        if self._weigher is not None and result.scores_B is not None:
+            figures |= self._dwm_figures(step, batch, result, seconds)
+        return figures
+
+    def _dwm_figures(
+        self, step: int, batch: Batch, result: StepResult, seconds: dict[str, float]
+    ) -> dict[str, float]:
+        assert self._weigher is not None and result.scores_B is not None
+        weights_B, size = result.weights_B, self._config.train.global_batch
+        ess = float(effective_sample_size(weights_B))
+        self._guard(step, ess / size)
+        keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
+        losses_B = all_gather_rows(result.losses_b)
+        ids, codes = keys_B2.T.tolist()
+        relative = (weights_B * size).tolist()
+        if self._main and step % self._config.tracking.weights_every == 0:
+            self._weights_log.add(step, ids, codes, losses_B.tolist(), result.scores_B.tolist(), relative)
+        extra = seconds["bilevel"] + seconds["dwm_wait"]
+        figures = {
+            "dwm/version": self._weigher.version,
+            "dwm/ess": ess,
+            "dwm/entropy": float(normalised_entropy(weights_B)),
+            **{f"dwm/{name}": value for name, value in self._weigher.metrics.items()},
+            "dwm/overhead_frac": extra / max(seconds["data"] + seconds["step"], 1e-9),
+        }
+        for code, name in enumerate(self._parts.domains):
+            of_domain = [w for w, c in zip(relative, codes, strict=True) if c == code]
+            if of_domain:
+                figures[f"weight/{name}"] = sum(of_domain) / len(of_domain)
+        return figures
+
+    def _guard(self, step: int, ess_fraction: float) -> None:
+        floor = self._config.dwm.min_ess_fraction
+        if ess_fraction < floor:
+            raise TrainingError(
+                f"the weights have collapsed at step {step}: ESS is {ess_fraction:.3f} of the batch, below "
+                f"dwm.min_ess_fraction = {floor}: raise bilevel.kl, dwm.floor or dwm.temperature; the last checkpoint "
+                "is intact"
+            )
+
+    def _checkpoint(self, step: int, cursor: Cursor, figures: dict[str, float]) -> None:
+        path = self._checkpointer.save(step, cursor)
+        if self._main and self._weigher is not None:
+            self._weights_log.flush(step)
+        if self._parts.on_checkpoint is not None:
+            self._parts.on_checkpoint(step, path, figures)
+
+    def _open_logs(self, step: int) -> None:
+        self._sinks: list[MetricSink] = []
+        if not self._main:
+            return
+        run_dir = self._config.run_dir
+        self._sinks = [JsonlSink(run_dir / "metrics.jsonl", step), *self._parts.sinks]
+        if self._weigher is not None:
+            self._weights_log = WeightsWriter(run_dir / "weights", self._parts.domains, step)
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        self._time_s = lines[-1]["time_s"] if lines else 0.0
+
+    def _log(self, figures: dict[str, float]) -> dict[str, float]:
+        """Hand a step's figures to the sinks; `time_s` is training time, without evaluation and checkpoints."""
+        if self._main:
+            self._time_s += sum(value for key, value in figures.items() if key.startswith("seconds/"))
+            figures = {**figures, "time_s": self._time_s}
+            for sink in self._sinks:
+                sink.log(figures)
+        return figures
+
+
+def write_summary(path: Path, summary: dict[str, object]) -> None:
+    """summary.json: the final figures; its presence says that the run is complete."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(path)

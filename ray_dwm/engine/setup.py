@@ -1,0 +1,137 @@
+"""From a configuration to the parts of a run: the one place where the engine's pieces are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ray_dwm.config import RunConfig
+from ray_dwm.data.manifest import Manifest, load_manifest
+from ray_dwm.data.plan import ReadPlan
+from ray_dwm.data.shards import ShardReader, open_shards
+from ray_dwm.engine.batch import BatchSource, LocalSource
+from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
+from ray_dwm.engine.loop import Parts
+from ray_dwm.engine.mesh import device, init_mesh
+from ray_dwm.engine.metrics import MetricSink
+from ray_dwm.engine.parallelize import parallelize
+from ray_dwm.engine.step import LowerLevel
+from ray_dwm.engine.weigher import Weigher
+from ray_dwm.errors import ConfigError, DataError
+from ray_dwm.models.dwm import DwmShape, build_dwm, dwm_shape
+from ray_dwm.models.lm import build_lm, lm_config
+
+
+def check_data(config: RunConfig) -> Manifest:
+    """Read all manifests of a run and check that they fit each other and the configuration.
+
+    Returns:
+        The training set's manifest.
+
+    Raises:
+        ConfigError, DataError: naming the key or file and the remedy.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name a folder of token shards")
+    train = load_manifest(config.data.train)
+    ReadPlan(rows_per_file=train.rows_per_file, global_batch=config.train.global_batch, seed=config.seed)
+    if config.lm.seq_len > train.seq_len:
+        raise ConfigError(
+            f"lm.seq_len is {config.lm.seq_len}, the shards in {train.folder} hold {train.seq_len} tokens a sequence: "
+            "lower it or prepare anew"
+        )
+    for name, folder in evaluation_sets(config).items():
+        other = load_manifest(folder)
+        if other.tokenizer_sha256 != train.tokenizer_sha256:
+            raise DataError(
+                f"{other.folder} (set {name}) was made with tokenizer {other.tokenizer_name}, {train.folder} with "
+                f"{train.tokenizer_name}, another one: prepare both with the same tokenizer"
+            )
+        if other.seq_len < seq_len(config, train):
+            raise DataError(f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew")
+        if name == "target" and config.dwm.enabled and other.rows < config.bilevel.target_batch:
+            raise DataError(
+                f"target set {other.folder} has {other.rows} sequences, bilevel.target_batch asks for "
+                f"{config.bilevel.target_batch}: lower it or prepare a larger target set"
+            )
+    if config.dwm.enabled and not config.data.target:
+        raise ConfigError("data.target is empty: the DWM needs a target set, or set dwm.enabled=false")
+    return train
+
+
+def evaluation_sets(config: RunConfig) -> dict[str, str]:
+    """Name -> shards of everything that is evaluated: the target set and the held-out sets."""
+    target = {"target": config.data.target} if config.data.target else {}
+    return {**target, **config.data.held_out}
+
+
+def seq_len(config: RunConfig, train: Manifest) -> int:
+    """Tokens of each sequence that are used."""
+    return config.lm.seq_len or train.seq_len
+
+
+def read_plan(config: RunConfig, train: Manifest) -> ReadPlan:
+    """The order of the training set."""
+    return ReadPlan(
+        rows_per_file=train.rows_per_file,
+        global_batch=config.train.global_batch,
+        seed=config.seed,
+        block_rows=config.data.block_rows,
+        window_blocks=config.data.window_blocks,
+    )
+
+
+def build_learner(config: RunConfig, train: Manifest) -> DwmLearner:
+    """The upper level's learner at version 0."""
+    return DwmLearner(run_dwm_shape(config, train), config.dwm, config.bilevel, config.seed)
+
+
+def run_dwm_shape(config: RunConfig, train: Manifest) -> DwmShape:
+    """The DWM's architecture in a run."""
+    return dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features)
+
+
+def build(
+    config: RunConfig,
+    *,
+    source: BatchSource | None = None,
+    service: WeightService | None = None,
+    sinks: list[MetricSink] | None = None,
+    on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None,
+) -> Parts:
+    """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
+    train = check_data(config)
+    mesh = init_mesh()
+    place, tokens = device(), seq_len(config, train)
+    llama = lm_config(
+        config.lm.preset,
+        vocab_size=train.vocab_size,
+        seq_len=tokens,
+        eos_token_id=train.eos_token_id,
+        attention=config.lm.attention,
+    )
+    model = parallelize(build_lm(llama, config.seed), mesh, config.train.precision)
+    lower = LowerLevel(model, config.train, config.train.steps)
+    weigher = None
+    if config.dwm.enabled:
+        learner = build_learner(config, train)
+        replica = build_dwm(run_dwm_shape(config, train), config.seed)
+        weigher = Weigher(config, replica, learner.state(), service or LocalWeightService(learner), place)
+    if source is None:
+        reader: ShardReader = open_shards(config.data.train)
+        source = LocalSource(reader, read_plan(config, train), dist.get_rank(), dist.get_world_size())
+    return Parts(
+        config=config,
+        device=place,
+        seq_len=tokens,
+        lower=lower,
+        source=source,
+        target=open_shards(config.data.target) if config.data.target else None,
+        evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
+        domains=train.domain_names,
+        weigher=weigher,
+        sinks=sinks or [],
+        on_checkpoint=on_checkpoint,
+    )
