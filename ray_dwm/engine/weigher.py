@@ -10,7 +10,7 @@ from ray_dwm.core.schedules import BilevelSchedule
 from ray_dwm.core.weighting import weights_from_scores
 from ray_dwm.engine.learner import METRICS, Feedback, State, WeightService
 from ray_dwm.engine.mesh import all_gather_rows
-from ray_dwm.models.dwm import DataWeightingModel
+from ray_dwm.models.dwm import DataWeightingModel, DwmShape
 
 
 class Weigher:
@@ -24,6 +24,7 @@ class Weigher:
         self._model = model.to(device).eval()
         # State of every version from the applied one to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
+        service.restore(start)
 
     @property
     def uses_statistics(self) -> bool:
@@ -57,6 +58,15 @@ class Weigher:
     def version(self) -> int:
         """The applied version."""
         return min(self._versions)
+
+    @property
+    def shape(self) -> DwmShape:
+        """The DWM's architecture."""
+        return self._model.shape
+
+    def parameters(self) -> State:
+        """The applied version's parameters, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self._model.state_dict().items()}
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""The only package that knows Ray and W&B: thin adapters around the engine."""

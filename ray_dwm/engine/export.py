@@ -1,0 +1,48 @@
+"""From the sharded state to folders that outlive the run."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from ray_dwm.config import to_yaml
+from ray_dwm.data.manifest import Manifest
+from ray_dwm.engine.loop import Parts
+from ray_dwm.models.hf import save_dwm, save_lm
+
+
+def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
+    """Write the applied DWM version to dwm/v*/, on rank 0."""
+    if dist.get_rank() != 0 or parts.weigher is None:
+        return
+    version = parts.weigher.version
+    save_dwm(
+        parts.config.run_dir / "dwm" / f"v{version:06d}",
+        parts.weigher.shape,
+        parts.weigher.parameters(),
+        {
+            "version": version,
+            "tokenizer_sha256": train.tokenizer_sha256,
+            "learnt_on": {"lm": parts.config.lm.preset, "step": step, "run": parts.config.name},
+        },
+    )
+
+
+def export_lm(parts: Parts) -> None:
+    """Gather the LM and write it to hf/; all ranks take part, rank 0 writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(parts.lower.model, options=options)
+    if dist.get_rank() == 0:
+        config = parts.config
+        steps = config.train.steps
+        save_lm(
+            config.run_dir / "hf",
+            parts.lower.model.config,
+            state,
+            config_yaml=to_yaml(config),
+            name=config.name,
+            tokens=steps * config.train.global_batch * parts.seq_len,
+            steps=steps,
+            weighting="DWM" if parts.weigher else "uniform",
+        )
+    dist.barrier()

@@ -1,0 +1,71 @@
+"""The run folder: who may write into it, and what says that the run is over."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ray_dwm.config import RunConfig, load, to_dict, to_yaml
+from ray_dwm.errors import ConfigError, DwmError, TrainingError, UserError
+
+# What may differ when a run is resumed: where and on what it runs, not what it computes.
+_FREE = ("storage", "cluster", "tracking", "prepare", "checkpoint")
+
+
+def claim(config: RunConfig) -> None:
+    """Create the run folder, or make sure that the existing one is of the same configuration.
+
+    Raises:
+        ConfigError: naming the first key that differs.
+    """
+    path = config.run_dir / "config.yaml"
+    if path.is_file():
+        before, now = _flat(to_dict(load([path]))), _flat(to_dict(config))
+        for key in sorted(before.keys() | now.keys()):
+            if key.split(".")[0] not in _FREE and before.get(key) != now.get(key):
+                raise ConfigError(
+                    f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: choose "
+                    "another name=..., or remove the folder"
+                )
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run folder {config.run_dir} cannot be written ({error.strerror}): choose another storage=...") from None
+    failure_path(config).unlink(missing_ok=True)
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
+
+
+def failure_path(config: RunConfig) -> Path:
+    """Where a worker leaves the reason why restarting would not help."""
+    return config.run_dir / "failure.json"
+
+
+def record_failure(config: RunConfig, error: DwmError) -> None:
+    """Leave the reason; the first one stays."""
+    path = failure_path(config)
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"message": str(error), "exit_code": error.exit_code}))
+        os.replace(temporary, path)
+
+
+def raise_failure(config: RunConfig) -> None:
+    """Raise what a worker left, if it did; always as a failure of the running run."""
+    path = failure_path(config)
+    if path.exists():
+        raise TrainingError(json.loads(path.read_text())["message"])
+
+
+def read_summary(config: RunConfig) -> dict[str, Any] | None:
+    """The final figures, or None where the run is not complete."""
+    path = config.run_dir / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else None

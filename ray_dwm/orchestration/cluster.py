@@ -1,0 +1,68 @@
+"""Joining or starting a Ray cluster, and what is checked before anything runs on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import ray
+
+from ray_dwm.config import RunConfig
+from ray_dwm.errors import ResourceError
+
+NAMESPACE = "ray_dwm"
+DRIVER_HEADROOM_CPUS = 1
+"""Logical CPUs that Ray Data's read tasks and the controller may use beside workers and actor."""
+
+
+def connect(config: RunConfig) -> None:
+    """Join the cluster that RAY_ADDRESS (or the Ray job) names; without one, start one of this machine's size.
+
+    A local cluster gets as many logical CPUs as the run asks for, so that a laptop can run it.
+
+    Raises:
+        ResourceError: no cluster at the address.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
+    # Workers import the package from where the driver did, also when it runs from a source tree.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
+            cpus = max(os.cpu_count() or 1, needed(config)["CPU"])
+            ray.init(num_cpus=int(cpus), include_dashboard=False, runtime_env=environment, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {address or 'this machine'} ({str(error).splitlines()[0]}): start one with "
+            "`ray start --head`, or unset RAY_ADDRESS to use this machine"
+        ) from None
+
+
+def needed(config: RunConfig) -> dict[str, float]:
+    """Logical resources that a run holds at the same time."""
+    cluster, dwm = config.cluster, config.dwm.enabled
+    cpus = cluster.workers * cluster.cpus_per_worker + (cluster.dwm_cpus if dwm else 0) + DRIVER_HEADROOM_CPUS
+    gpus = cluster.workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
+    return {"CPU": -(-cpus // 1), "GPU": gpus}
+
+
+def preflight(config: RunConfig) -> None:
+    """Compare what the run needs with what the cluster has.
+
+    Raises:
+        ResourceError: naming what is missing; Ray alone would wait forever.
+    """
+    available = ray.cluster_resources()
+    for kind, amount in needed(config).items():
+        if available.get(kind, 0.0) < amount:
+            raise ResourceError(
+                f"the run needs {amount:g} {kind}s ({config.cluster.workers} workers, the DWM actor and reading), the "
+                f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or cluster.{kind.lower()}s_per_worker, "
+                "or add nodes"
+            )

@@ -1,0 +1,174 @@
+"""The DWM actor: the learner beside training, its versions in the object store, and the clients' side.
+
+The actor may die at any time. It holds nothing that cannot be remade: an update is a pure function of the
+last state and the feedback, rank 0 keeps both until the version has arrived everywhere, and gives them to a
+restarted actor. A `life` number ties all calls of one worker-group attempt together, so that what an earlier
+attempt left in the queue is ignored.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from ray_dwm.config import RunConfig
+from ray_dwm.engine.learner import DwmLearner, Feedback, State
+from ray_dwm.engine.mesh import all_sum, device
+from ray_dwm.errors import DwmError, TrainingError
+from ray_dwm.orchestration.cluster import NAMESPACE
+
+FETCH_TIMEOUT_S = 600.0
+_TRY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the actor answers to `fetch`."""
+
+    known_life: bool
+    """False: the actor has restarted and must be restored."""
+    state: list[Any] | None = None
+    """[reference to the state], once the version exists."""
+    error: DwmError | None = None
+
+
+class DwmService:
+    """The actor's inside: a plain class, tested without Ray."""
+
+    def __init__(self, learner: DwmLearner) -> None:
+        torch.set_num_threads(1)
+        self._learner = learner
+        self._life: int | None = None
+        self._published: dict[int, Any] = {}
+        self._error: DwmError | None = None
+
+    def restore(self, life: int, state: State) -> None:
+        """Begin a life at a state; what was published before is dropped."""
+        self._life, self._error = life, None
+        self._learner.load_state(state)
+        self._published = {self._learner.version: self._publish(state)}
+
+    def update(self, life: int, feedback: Feedback) -> None:
+        """Make and publish the next version; feedback of another life or out of turn is ignored."""
+        if life != self._life or feedback.version != self._learner.version + 1 or self._error is not None:
+            return
+        try:
+            self._published[feedback.version] = self._publish(self._learner.update(feedback))
+        except DwmError as error:
+            self._error = error
+
+    def fetch(self, life: int, version: int) -> Reply:
+        """A version, and room is made by dropping older ones."""
+        if life != self._life:
+            return Reply(known_life=False)
+        if self._error is not None:
+            return Reply(known_life=True, error=self._error)
+        for old in [v for v in self._published if v < version - 1]:
+            del self._published[old]
+        reference = self._published.get(version)
+        return Reply(known_life=True, state=None if reference is None else [reference])
+
+    def _publish(self, state: State) -> Any:
+        return ray.put(state)
+
+
+def actor_name(config: RunConfig) -> str:
+    """The actor's name in the cluster."""
+    return f"dwm-{config.name}"
+
+
+def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
+    """Create the run's actor (before the worker group, so that its resources are taken first)."""
+    options = {
+        "name": actor_name(config),
+        "namespace": NAMESPACE,
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "num_cpus": config.cluster.dwm_cpus,
+        "num_gpus": config.cluster.dwm_gpus,
+    }
+    return ray.remote(DwmService).options(**options).remote(learner)
+
+
+class RemoteWeightService:
+    """A WeightService over the actor. `restore` and `fetch` are collective."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._main = dist.get_rank() == 0
+        life = torch.tensor(time.time_ns() if self._main else 0, device=device())
+        self._life = int(all_sum(life))
+        self._last: State | None = None
+        self._pending: list[Feedback] = []
+
+    def restore(self, state: State) -> None:
+        """See WeightService."""
+        self._last, self._pending = state, []
+        if self._main:
+            ray.get(self._actor.restore.remote(self._life, state))
+
+    def submit(self, feedback: Feedback) -> None:
+        """See WeightService."""
+        if self._main:
+            self._pending.append(feedback)
+            self._actor.update.remote(self._life, feedback)
+
+    def fetch(self, version: int) -> State:
+        """See WeightService. All ranks leave together, or repair the actor and try again together."""
+        deadline = time.monotonic() + FETCH_TIMEOUT_S
+        state: State | None = None
+        while time.monotonic() < deadline:
+            if state is None:
+                state = self._try_fetch(version)
+            have = torch.tensor(0 if state is None else 1, device=device())
+            if int(all_sum(have)) == dist.get_world_size() and state is not None:
+                self._last = state
+                self._pending = [feedback for feedback in self._pending if feedback.version > version]
+                return state
+            if state is not None:
+                self._repair(version, state)
+        raise TrainingError(
+            f"the DWM actor did not deliver version {version} within {FETCH_TIMEOUT_S:g} s: look at its log in the Ray "
+            "dashboard; the last checkpoint is intact"
+        )
+
+    def _try_fetch(self, version: int) -> State | None:
+        deadline = time.monotonic() + _TRY_S
+        while time.monotonic() < deadline:
+            try:
+                reply: Reply = ray.get(self._actor.fetch.remote(self._life, version))
+                if reply.error is not None:
+                    raise reply.error
+                if reply.state is not None:
+                    # Copied: the store's memory is read-only and goes with the actor.
+                    return {k: v.clone() for k, v in ray.get(reply.state[0]).items()}
+                if not reply.known_life:
+                    self._revive()
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+                pass  # it is restarting
+            time.sleep(0.01)
+        return None
+
+    def _revive(self) -> None:
+        """Give a restarted actor the last state and all feedback since; only rank 0 holds them."""
+        if self._main and self._last is not None:
+            self._actor.restore.remote(self._life, self._last)
+            for feedback in self._pending:
+                self._actor.update.remote(self._life, feedback)
+
+    def _repair(self, version: int, state: State) -> None:
+        """This rank has the version and another has not: see that a restarted actor publishes it again."""
+        if not self._main:
+            time.sleep(0.05)
+            return
+        reply: Reply = ray.get(self._actor.fetch.remote(self._life, version))
+        if not reply.known_life:
+            self._last = state
+            self._pending = [feedback for feedback in self._pending if feedback.version > version]
+            self._revive()

@@ -1,0 +1,146 @@
+"""Text to token shards as a Ray Data pipeline: one task per input file, the same output for any parallelism."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ray_dwm.config import PrepareConfig, RunConfig
+from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile
+from ray_dwm.data.packing import pack_file
+from ray_dwm.data.text import find_files
+from ray_dwm.data.tokenization import Tokenizer
+from ray_dwm.errors import DataError, DwmError, UserError
+
+REJECTS = "rejects.jsonl"
+
+
+def sets_to_prepare(config: RunConfig) -> list[tuple[str, str, str]]:
+    """(configuration key, files, output folder) of every set whose text the configuration names."""
+    p, d = config.prepare, config.data
+    sets = [("prepare.train", p.train, d.train), ("prepare.target", p.target, d.target)]
+    for name, files in p.held_out.items():
+        if name not in d.held_out:
+            raise UserError(f"prepare.held_out.{name} has no output folder: add data.held_out.{name}")
+        sets.append((f"prepare.held_out.{name}", files, d.held_out[name]))
+    return [(key, files, output) for key, files, output in sets if files and output]
+
+
+def prepare(key: str, files: str, output: str | Path, config: PrepareConfig) -> Manifest:
+    """Tokenise and pack one set; the output folder appears whole or not at all. Ray must be connected.
+
+    Raises:
+        UserError: bad input, naming the file; nothing is left behind.
+    """
+    sources = find_files(files, key)
+    tokenizer = Tokenizer(config.tokenizer)
+    folder = Path(output).expanduser().absolute()
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it to prepare it anew")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        reports = _pack_all(sources, temporary, config)
+        manifest = _manifest(reports, temporary, tokenizer, config, sources)
+        manifest.write()
+        _write_rejects(reports, temporary)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _pack_all(sources: Sequence[Path], output: Path, config: PrepareConfig) -> list[dict[str, Any]]:
+    """One report per source, in the sources' order."""
+    options = {
+        "tokenizer": str(Path(config.tokenizer).expanduser().absolute()),
+        "output": str(output),
+        "seq_len": config.seq_len,
+        "rows_per_file": config.rows_per_file,
+        "domain_field": config.domain_field,
+    }
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"number": number, "source": str(source)} for number, source in enumerate(sources)]
+    packed = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        _pack_one, fn_kwargs=options, concurrency=config.workers
+    )
+    reports = sorted((json.loads(row["report"]) for row in packed.take_all()), key=lambda r: int(r["number"]))
+    for report in reports:
+        if "error" in report:
+            raise DataError(report["error"])
+    return reports
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: str) -> Tokenizer:
+    return Tokenizer(folder)
+
+
+def _pack_one(row: dict[str, Any], tokenizer: str, output: str, **options: Any) -> dict[str, Any]:
+    # A damaged file travels back as data: an exception would be wrapped and retried by Ray.
+    try:
+        report = pack_file(Path(row["source"]), int(row["number"]), Path(output), _tokenizer(tokenizer), **options)
+        content = {"number": int(row["number"]), **report.to_dict()}
+    except DwmError as error:
+        content = {"number": int(row["number"]), "error": str(error)}
+    return {"report": json.dumps(content)}
+
+
+def _manifest(
+    reports: list[dict[str, Any]], folder: Path, tokenizer: Tokenizer, config: PrepareConfig, sources: Sequence[Path]
+) -> Manifest:
+    totals: dict[str, dict[str, int]] = {name: {} for name in ("rows", "tokens", "text_bytes")}
+    for report in reports:
+        for name, counts in totals.items():
+            for domain, count in report[name].items():
+                counts[domain] = counts.get(domain, 0) + count
+    if not totals["rows"]:
+        raise DataError(f"{sources[0].parent} holds no usable record: each needs a field `text` of type string")
+    for domain, rows in totals["rows"].items():
+        if rows == 0:
+            raise DataError(
+                f"domain {domain} has {totals['tokens'][domain]} tokens, fewer than prepare.seq_len = {config.seq_len}: "
+                "leave it out, add text or shorten the sequences"
+            )
+    return Manifest(
+        folder=folder,
+        seq_len=config.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        tokenizer_name=tokenizer.name,
+        tokenizer_sha256=tokenizer.sha256,
+        files=tuple(ShardFile(**file) for report in reports for file in report["shards"]),
+        domains={
+            domain: DomainStats(
+                rows=rows,
+                tokens=rows * config.seq_len,
+                bytes_per_token=totals["text_bytes"][domain] / totals["tokens"][domain],
+            )
+            for domain, rows in sorted(totals["rows"].items())
+        },
+        made_by={
+            "command": "prepare",
+            "sources": [source.name for source in sources],
+            "documents": sum(report["documents"] for report in reports),
+            "rejected_records": sum(len(report["rejects"]) for report in reports),
+            "dropped_tokens": sum(report["dropped_tokens"] for report in reports),
+            **{k: v for k, v in asdict(config).items() if k in ("domain_field", "rows_per_file")},
+        },
+    )
+
+
+def _write_rejects(reports: list[dict[str, Any]], folder: Path) -> None:
+    rejects = [reject for report in reports for reject in report["rejects"]]
+    if rejects:
+        lines = "".join(json.dumps({**reject, "file": Path(reject["file"]).name}) + "\n" for reject in rejects)
+        (folder / REJECTS).write_text(lines)

@@ -1,0 +1,87 @@
+"""One live line about a running run, read from its metrics.jsonl; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import IO, Any
+
+from ray_dwm.config import RunConfig
+
+_POLL_S = 0.5
+_PLAIN_INTERVAL_S = 10.0
+
+
+class Progress:
+    """A context in which the driver shows how far the workers are."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._path = config.run_dir / "metrics.jsonl"
+        self._live = sys.stdout.isatty()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._shown_step = -1
+        self._last_plain = 0.0
+
+    def __enter__(self) -> Progress:
+        print(f"[{self._config.name}] starting {self._config.cluster.workers} workers", flush=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._live:
+            print()
+
+    def _watch(self) -> None:
+        rates: list[float] = []
+        while not self._stop.wait(_POLL_S):
+            self._show(rates)
+        self._last_plain = 0.0
+        self._show(rates)
+
+    def _show(self, rates: list[float]) -> None:
+        line = _last_line(self._path)
+        if line is None or line["step"] == self._shown_step or "loss" not in line:
+            return
+        due = time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S
+        if not self._live and not due:
+            return
+        self._shown_step, self._last_plain = int(line["step"]), time.monotonic()
+        rates.append(line["tokens_per_s"])
+        del rates[:-20]
+        text = self._text(line, sum(rates) / len(rates))
+        print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
+
+    def _text(self, line: dict[str, Any], rate: float) -> str:
+        steps = self._config.train.steps
+        left = (steps - line["step"]) * line["tokens"] / line["step"] / rate
+        text = (
+            f"[{self._config.name}] step {line['step']}/{steps}  loss {line['loss']:.3f}  {rate:,.0f} tokens/s  "
+            f"ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+        if "dwm/ess" in line:
+            text += f"  ESS {line['dwm/ess'] / self._config.train.global_batch:.0%}  DWM v{line['dwm/version']}"
+        return text
+
+
+def _last_line(path: Any) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as stream:
+            return _tail(stream)
+    except (OSError, ValueError):
+        return None
+
+
+def _tail(stream: IO[bytes]) -> dict[str, Any] | None:
+    stream.seek(0, 2)
+    stream.seek(max(0, stream.tell() - 16384))
+    lines = stream.read().decode(errors="replace").rstrip("\n").rsplit("\n", 1)
+    return dict(json.loads(lines[-1])) if lines[-1] else None

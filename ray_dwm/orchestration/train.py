@@ -1,0 +1,197 @@
+"""The main job: a TorchTrainer of FSDP workers, fed by Ray Data, beside a DWM actor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ray_dwm.config import RunConfig, build, to_dict
+from ray_dwm.data.manifest import load_manifest, verify
+from ray_dwm.engine.export import export_dwm, export_lm
+from ray_dwm.engine.loop import Trainer, write_summary
+from ray_dwm.engine.mesh import init_mesh
+from ray_dwm.engine.rundir import claim, failure_path, raise_failure, read_summary, record_failure
+from ray_dwm.engine.setup import build as build_parts
+from ray_dwm.engine.setup import build_learner, check_data, evaluation_sets, read_plan
+from ray_dwm.errors import DwmError, ResourceError, TrainingError
+from ray_dwm.orchestration.cluster import NAMESPACE, connect, preflight
+from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name, create_actor
+from ray_dwm.orchestration.ingest import RayDataSource
+from ray_dwm.orchestration.prepare import prepare, sets_to_prepare
+from ray_dwm.orchestration.progress import Progress
+from ray_dwm.orchestration.tracking import sinks
+
+
+def prepare_missing(config: RunConfig) -> None:
+    """Make the token shards that the configuration knows how to make and that are not there yet."""
+    for key, files, output in sets_to_prepare(config):
+        if not Path(output).expanduser().exists():
+            connect(config)
+            manifest = prepare(key, files, output, config.prepare)
+            rejected = manifest.made_by["rejected_records"]
+            print(f"prepared {output}: {manifest.rows} sequences, {rejected} records rejected", flush=True)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run to the end, or continue an interrupted run of the same name; returns summary.json's content.
+
+    Raises:
+        UserError: before anything was started.
+        TrainingError: the run failed; the last checkpoint is intact.
+    """
+    prepare_missing(config)
+    manifest = check_data(config)
+    for folder in (config.data.train, *evaluation_sets(config).values()):
+        verify(load_manifest(folder))
+    config = _absolute(config)
+    done = read_summary(config)
+    claim(config)
+    if done is not None:
+        print(f"[{config.name}] is complete already: {config.run_dir}", flush=True)
+        return done
+    connect(config)
+    preflight(config)
+    print(f"[{config.name}] run folder {config.run_dir}", flush=True)
+    actor = create_actor(config, build_learner(config, manifest)) if config.dwm.enabled else None
+    try:
+        with Progress(config):
+            _trainer(config).fit()
+    except ray.train.TrainingFailedError as error:
+        raise_failure(config)
+        raise TrainingError(_reason(config, error)) from None
+    finally:
+        if actor is not None:
+            ray.kill(actor)
+    raise_failure(config)
+    summary = read_summary(config)
+    if summary is None:
+        raise TrainingError(f"[{config.name}] ended without a summary: look into the workers' logs of Ray Train")
+    return summary
+
+
+def _trainer(config: RunConfig) -> TorchTrainer:
+    cluster = config.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"config": to_dict(config)},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        # The same name again resumes: never a dated one.
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=str(config.run_dir.parent),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """What each worker of the group runs, from the newest checkpoint to the end."""
+    config: RunConfig = build(RunConfig, loop_config["config"])
+    if failure_path(config).exists():
+        return  # an earlier attempt found that restarting does not help; the driver reports it
+    try:
+        _run(config)
+    except DwmError as error:
+        record_failure(config, error)
+        raise
+
+
+def _run(config: RunConfig) -> None:
+    init_mesh()
+    train_set = load_manifest(config.data.train)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    source = RayDataSource(
+        config.data.train,
+        read_plan(config, train_set),
+        rank,
+        world,
+        config.data.prefetch_batches,
+        config.cluster.ingest_memory_mb,
+    )
+    service = None
+    if config.dwm.enabled:
+        service = RemoteWeightService(ray.get_actor(actor_name(config), namespace=NAMESPACE))
+
+    def on_checkpoint(step: int, path: Path, figures: dict[str, float]) -> None:
+        del path
+        export_dwm(parts, train_set, step)
+        ray.train.report({"step": step, **figures})
+
+    parts = build_parts(
+        config, source=source, service=service, sinks=sinks(config) if rank == 0 else [], on_checkpoint=on_checkpoint
+    )
+    Trainer(parts).fit()
+    export_lm(parts)
+    if rank == 0:
+        write_summary(config.run_dir / "summary.json", _summary(config, world))
+
+
+def _summary(config: RunConfig, world: int) -> dict[str, Any]:
+    from ray_dwm.engine.metrics import read_metrics
+
+    lines = read_metrics(config.run_dir / "metrics.jsonl")
+    last = lines[-1]
+    totals = {
+        phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines) for phase in ("data", "dwm_wait", "step", "bilevel")
+    }
+    extra = totals["dwm_wait"] + totals["bilevel"]
+    return {
+        "name": config.name,
+        "weighting": "dwm" if config.dwm.enabled else "uniform",
+        "steps": config.train.steps,
+        "tokens": last["tokens"],
+        "workers": world,
+        "train_seconds": last["time_s"],
+        "tokens_per_s": last["tokens"] / last["time_s"],
+        "overhead_frac": extra / (totals["data"] + totals["step"]),
+        "seconds": totals,
+        "final": {key: value for key, value in last.items() if key.startswith("val/")},
+    }
+
+
+def _reason(config: RunConfig, error: ray.train.TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    cause: BaseException = next(iter(failures.values()), error)
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()] or [type(cause).__name__]
+    return (
+        f"[{config.name}] gave up after {config.cluster.max_failures} restarts: {lines[-1].strip()}; start the same "
+        "command again to continue from the last checkpoint"
+    )
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Paths as every process of the cluster must see them."""
+    data = to_dict(config)
+    data["storage"] = str(config.run_dir.parent)
+    for name in ("train", "target"):
+        if data["data"][name]:
+            data["data"][name] = str(Path(data["data"][name]).expanduser().absolute())
+    data["data"]["held_out"] = {k: str(Path(v).expanduser().absolute()) for k, v in data["data"]["held_out"].items()}
+    resolved: RunConfig = build(RunConfig, data)
+    return resolved
+
+
+def require_job_storage(config: RunConfig) -> None:
+    """Refuse nothing, but say it: a job's working folder goes with the job."""
+    import os
+
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).is_absolute():
+        print(
+            f"warning: storage={config.storage} is relative, and a Ray job's working folder is temporary: pass "
+            "storage=/a/shared/folder to keep the run and to be able to resume it",
+            flush=True,
+        )
+
+
+__all__ = ["ResourceError", "prepare_missing", "require_job_storage", "train", "train_worker"]
