@@ -1,0 +1,124 @@
+"""The console: parse, load the configuration, make one call. Exit codes: 0 done, 1 the run failed, 2 wrong input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ray_dwm.config import RunConfig, load
+from ray_dwm.errors import DwmError
+
+app = typer.Typer(
+    help="Pre-train LMs with a learned Data Weighting Model on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides: train.steps=200 dwm.size=s", metavar="KEY=VALUE")]
+
+
+def _load(config: Path | None, overrides: list[str] | None) -> RunConfig:
+    return load([config] if config else [], overrides or [])
+
+
+@app.command()
+def prepare(config: Config = None, overrides: Overrides = None) -> None:
+    """Turn text into packed token shards (the prepare section says which)."""
+    from ray_dwm.errors import UserError
+    from ray_dwm.orchestration.cluster import connect
+    from ray_dwm.orchestration.prepare import prepare as run
+    from ray_dwm.orchestration.prepare import sets_to_prepare
+
+    run_config = _load(config, overrides)
+    sets = sets_to_prepare(run_config)
+    if not sets:
+        raise UserError("nothing to prepare: set prepare.train and data.train (files, and the folder for their shards)")
+    connect(run_config)
+    for key, files, output in sets:
+        manifest = run(key, files, output, run_config.prepare)
+        counts = ", ".join(f"{name} {stats.rows}" for name, stats in manifest.domains.items())
+        rejected = manifest.made_by["rejected_records"]
+        typer.echo(f"{output}: {manifest.rows} sequences of {manifest.seq_len} tokens ({counts}), {rejected} records rejected")
+
+
+@app.command()
+def train(config: Config = None, overrides: Overrides = None) -> None:
+    """Train an LM, with learned weights unless dwm.enabled=false; the same command resumes."""
+    from ray_dwm.orchestration.train import require_job_storage
+    from ray_dwm.orchestration.train import train as run
+
+    run_config = _load(config, overrides)
+    require_job_storage(run_config)
+    summary = run(run_config)
+    for name, value in summary["final"].items():
+        typer.echo(f"{name} {value:.4f}")
+    typer.echo(f"[{run_config.name}] done: {run_config.run_dir}")
+
+
+@app.command()
+def evaluate(
+    lm: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder.")],
+    shards: Annotated[list[Path], typer.Argument(help="Folders of token shards.")],
+    batch: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 32,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Loss, perplexity and bits-per-byte of an LM, per domain."""
+    from ray_dwm.evaluation.perplexity import evaluate_folders, format_table, write_json
+
+    results = evaluate_folders(lm, shards, batch)
+    typer.echo(format_table(results))
+    if output is not None:
+        write_json(results, output)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    output: Annotated[Path, typer.Argument(help="New folder: lm/ in Hugging Face layout, dwm/ with the newest DWM.")],
+) -> None:
+    """Copy a finished run's LM and DWM to a folder of their own."""
+    from ray_dwm.evaluation.export import export_run
+
+    export_run(run, output)
+    typer.echo(f"exported to {output}")
+
+
+@app.command()
+def analyze(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first without a DWM is the baseline.")],
+    output: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
+) -> None:
+    """Write report.html: losses, weights per domain over time, favoured texts, overhead."""
+    from ray_dwm.analysis.report import write_report
+
+    write_report(runs, output)
+    typer.echo(f"report: {output}")
+
+
+@app.command()
+def compare(config: Config = None, overrides: Overrides = None) -> None:
+    """Train uniform and DWM with equal data, seed and tokens; evaluate, report, verdict."""
+    from ray_dwm.orchestration.compare import compare as run
+
+    typer.echo(run(_load(config, overrides)))
+
+
+def main() -> None:
+    """Console entry point: one clear line instead of a traceback where this package raised the error."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        app()
+    except DwmError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
