@@ -7,6 +7,7 @@ import os
 import sys
 
 import ray
+import ray.data
 
 from ray_dwm.config import RunConfig
 from ray_dwm.errors import ResourceError
@@ -24,6 +25,7 @@ def connect(config: RunConfig) -> None:
     Raises:
         ResourceError: no cluster at the address.
     """
+    quiet_ray_data()
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -42,6 +44,12 @@ def connect(config: RunConfig) -> None:
             f"no Ray cluster answers at {address or 'this machine'} ({str(error).splitlines()[0]}): start one with "
             "`ray start --head`, or unset RAY_ADDRESS to use this machine"
         ) from None
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data's plans and progress bars out of this process's output; its log files have them."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def needed(config: RunConfig) -> dict[str, float]:

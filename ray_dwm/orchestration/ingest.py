@@ -20,6 +20,7 @@ from ray.data.block import BlockMetadata
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.errors import DataError
+from ray_dwm.orchestration.cluster import quiet_ray_data
 
 _TASK_BYTES = 8 * 2**20
 _MAX_BATCHES_PER_TASK = 256
@@ -94,7 +95,7 @@ class RayDataSource:
             DataError: where Ray Data hands over anything but the next share of the plan.
         """
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        quiet_ray_data()
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(
             cpu=1, object_store_memory=self._memory_bytes

@@ -69,10 +69,9 @@ def _pack_all(sources: Sequence[Path], output: Path, config: PrepareConfig) -> l
         "rows_per_file": config.rows_per_file,
         "domain_field": config.domain_field,
     }
-    ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"number": number, "source": str(source)} for number, source in enumerate(sources)]
     packed = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _pack_one, fn_kwargs=options, concurrency=config.workers
+        _pack_one, fn_kwargs=options, compute=ray.data.TaskPoolStrategy(size=config.workers)
     )
     reports = sorted((json.loads(row["report"]) for row in packed.take_all()), key=lambda r: int(r["number"]))
     for report in reports:

@@ -1,0 +1,116 @@
+"""Loss, perplexity and bits-per-byte of an LM folder on token shards, per domain."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from ray_dwm.core.losses import predicted_mask, token_losses
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.shards import ShardReader
+from ray_dwm.errors import DataError, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One set's (or one domain's) figures."""
+
+    set: str
+    domain: str
+    """`all` for the whole set."""
+    tokens: int
+    loss: float
+    """Nats per token."""
+    loss_error: float
+    """Standard error over sequences."""
+    perplexity: float
+    bits_per_byte: float
+    """Comparable between tokenizers."""
+
+
+def load_lm(folder: Path) -> torch.nn.Module:
+    """The LM of a run folder or a Hugging Face folder, in evaluation mode.
+
+    Raises:
+        UserError: where there is none.
+    """
+    path = folder / "hf" if (folder / "hf").is_dir() else folder
+    if not (path / "config.json").is_file():
+        raise UserError(f"{folder} is neither a finished run folder nor a Hugging Face folder: name one of these")
+    try:
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    except Exception as error:  # transformers raises many kinds for a damaged folder
+        raise UserError(f"{path} cannot be loaded as an LM: {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+@torch.no_grad()
+def sequence_losses(model: torch.nn.Module, reader: ShardReader, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(nats, counted tokens, domain code) of every sequence of a folder, each (n,)."""
+    nats, tokens, domains = [], [], []
+    for start in range(0, reader.manifest.rows, batch):
+        rows = reader.take(np.arange(start, min(start + batch, reader.manifest.rows)))
+        ids = torch.from_numpy(rows.input_ids)
+        mask = predicted_mask(None if rows.loss_mask is None else torch.from_numpy(rows.loss_mask), ids)
+        losses = token_losses(model(input_ids=ids).logits, ids) * mask
+        nats.append(losses.double().sum(dim=1).numpy())
+        tokens.append(mask.sum(dim=1).numpy())
+        domains.append(rows.domains)
+    return np.concatenate(nats), np.concatenate(tokens), np.concatenate(domains)
+
+
+def evaluate(model: torch.nn.Module, folder: Path, batch: int = 32) -> list[Result]:
+    """Figures of a folder of shards: the whole set first, then every domain.
+
+    Raises:
+        DataError: where the folder's vocabulary does not fit the LM's.
+    """
+    reader = ShardReader(load_manifest(folder))
+    manifest = reader.manifest
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if manifest.vocab_size > size:
+        raise DataError(f"{folder} has a vocabulary of {manifest.vocab_size}, the LM of {size}: prepare with the LM's tokenizer")
+    nats, tokens, codes = sequence_losses(model, reader, batch)
+    ratios = np.array([manifest.domains[name].bytes_per_token for name in manifest.domain_names])
+    parts = [("all", np.ones(len(codes), dtype=bool))]
+    if len(manifest.domains) > 1:
+        parts += [(name, codes == code) for code, name in enumerate(manifest.domain_names)]
+    return [
+        _result(folder.name, name, nats[chosen], tokens[chosen], ratios[codes[chosen]]) for name, chosen in parts
+    ]
+
+
+def _result(name: str, domain: str, nats: np.ndarray, tokens: np.ndarray, bytes_per_token: np.ndarray) -> Result:
+    loss = float(nats.sum() / tokens.sum())
+    spread = np.sqrt(np.sum((nats - loss * tokens) ** 2)) / tokens.sum()
+    bits = float(nats.sum() / math.log(2) / np.sum(tokens * bytes_per_token))
+    return Result(name, domain, int(tokens.sum()), loss, float(spread), math.exp(min(loss, 700.0)), bits)
+
+
+def evaluate_folders(lm: Path, folders: Sequence[Path], batch: int = 32) -> list[Result]:
+    """Figures of several folders."""
+    model = load_lm(lm)
+    return [result for folder in folders for result in evaluate(model, folder, batch)]
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """A table for the terminal."""
+    lines = [f"{'set':<16}{'domain':<14}{'tokens':>10}{'loss':>9}{'± s.e.':>9}{'perplexity':>12}{'bits/byte':>11}"]
+    for r in results:
+        lines.append(
+            f"{r.set:<16}{r.domain:<14}{r.tokens:>10,}{r.loss:>9.4f}{r.loss_error:>9.4f}{r.perplexity:>12.2f}"
+            f"{r.bits_per_byte:>11.4f}"
+        )
+    return "\n".join(lines)
+
+
+def write_json(results: Sequence[Result], path: Path) -> None:
+    """The same as JSON."""
+    path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
