@@ -12,9 +12,10 @@ from torch import Tensor
 
 def token_losses(logits_BTV: Tensor, input_ids_BT: Tensor) -> Tensor:
     """Cross-entropy in nats of every next token, shape (B, T-1), computed in fp32."""
-    return F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), input_ids_BT[:, 1:].flatten(), reduction="none"
-    ).view(input_ids_BT.shape[0], -1)
+    # Targets are shifted, not logits: a slice of the logits would be copied.
+    targets_BT = F.pad(input_ids_BT[:, 1:], (0, 1), value=-100)
+    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
+    return losses_N.view(input_ids_BT.shape)[:, :-1]
 
 
 def predicted_mask(loss_mask_BT: Tensor | None, input_ids_BT: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 | preset | width | layers | heads | MLP width | vocabulary | parameters |
 |---|---|---|---|---|---|---|
 | tiny | 32 | 2 | 2 | 64 | data's | tests |
-| quickstart | 128 | 4 | 4 | 352 | data's (8192) | 1.86 M |
+| quickstart | 96 | 4 | 4 | 256 | data's (8192) | 1.23 M |
 | 370m | 1024 | 24 | 16 | 2816 | 32000 | 373.9 M |
 | 1.3b | 2048 | 24 | 16 | 5504 | 32000 | 1345.4 M |
 
@@ -36,7 +36,7 @@ class LmShape:
 
 PRESETS = {
     "tiny": LmShape(width=32, layers=2, heads=2, mlp_width=64, tied=True),
-    "quickstart": LmShape(width=128, layers=4, heads=4, mlp_width=352, tied=True),
+    "quickstart": LmShape(width=96, layers=4, heads=4, mlp_width=256, tied=True),
     "370m": LmShape(width=1024, layers=24, heads=16, mlp_width=2816, tied=False),
     "1.3b": LmShape(width=2048, layers=24, heads=16, mlp_width=5504, tied=False),
 }

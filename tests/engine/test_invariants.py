@@ -1,0 +1,121 @@
+"""What must not change the result: worlds, accumulation, restarts, and a DWM that is still uniform."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from gloo import run
+
+from ray_dwm.config import RunConfig
+from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.metrics import read_metrics
+from ray_dwm.engine.setup import build, check_data, read_plan
+from ray_dwm.models.lm import build_lm, lm_config
+
+TIMES = ("seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
+
+
+def train(config: RunConfig, stop_at: int = 0) -> dict[str, Any]:
+    """Parameters and figures of a run in this process group; `stop_at` ends it early, without a farewell."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    parts = build(config)
+    trainer = Trainer(parts)
+    if stop_at:
+        step = trainer._train_step
+
+        def failing(index: int, batch: Any) -> Any:
+            if index == stop_at:
+                raise KeyboardInterrupt
+            return step(index, batch)
+
+        trainer._train_step = failing  # type: ignore[method-assign]
+        try:
+            trainer.fit()
+        except KeyboardInterrupt:
+            return {}
+    trainer.fit()
+    parameters = [p.full_tensor().detach().clone() for p in parts.lower.model.parameters()]  # type: ignore[attr-defined]
+    phi = [] if parts.weigher is None else list(parts.weigher.parameters().values())
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith(TIMES)}
+        for line in read_metrics(config.run_dir / "metrics.jsonl")
+    ]
+    return {"theta": parameters, "phi": phi, "lines": lines}
+
+
+def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Largest difference relative to the largest entry."""
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(left, right, strict=True))
+
+
+def plain_training(config: RunConfig) -> list[torch.Tensor]:
+    """An independent few-line loop: the token mean of each global batch, clip, AdamW. No DWM, no FSDP."""
+    manifest = check_data(config)
+    llama = lm_config(config.lm.preset, vocab_size=manifest.vocab_size, seq_len=16, eos_token_id=0)
+    model, c = build_lm(llama, config.seed), config.train
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
+    plan, reader = read_plan(config, manifest), open_shards(config.data.train)
+    for step in range(c.steps):
+        ids = torch.from_numpy(reader.take(plan.rows(step)).input_ids)
+        logits = model(input_ids=ids).logits
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        (losses.sum() / losses.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * min(1.0, (step + 1) / c.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("weighting", ["off", "uniform_dwm"])
+def test_uniform_weights_are_plain_training_bit_for_bit(
+    shards: dict[str, Path], tmp_path: Path, weighting: str
+) -> None:
+    extra = ["dwm.enabled=false"] if weighting == "off" else ["bilevel.warmup_steps=1000"]
+    config = tiny_config(shards, tmp_path, "train.schedule=constant", "train.clip_norm=0.5", *extra)
+    ours = run(1, tmp_path / "ours", train, config)
+    for a, b in zip(ours["theta"], plain_training(config), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"), [(2, ["cluster.workers=2"]), (1, ["train.micro_batch=2"]), (2, ["train.micro_batch=2"])]
+)
+def test_world_and_accumulation_do_not_change_the_run(
+    shards: dict[str, Path], tmp_path: Path, world: int, changes: list[str]
+) -> None:
+    base = ["dwm.lr=1e-3", "bilevel.epsilon=0.1"]
+    reference = run(1, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *base))
+    other = run(world, tmp_path / "b", train, tiny_config(shards, tmp_path / "b", *base, *changes))
+    assert distance(reference["theta"], other["theta"]) < 2e-3  # Adam amplifies rounding of small gradients
+    for left, right in zip(reference["lines"], other["lines"], strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5) if "loss" in left else True
+    first = next(line for line in reference["lines"] if line.get("dwm/version") == 1)
+    same = next(line for line in other["lines"] if line.get("dwm/version") == 1)
+    assert first["dwm/hypergrad_norm"] == pytest.approx(same["dwm/hypergrad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
+    shards: dict[str, Path], tmp_path: Path, world: int, delay: int
+) -> None:
+    options = [f"cluster.workers={world}", f"dwm.delay_steps={delay}", "bilevel.every=1", "train.steps=8"]
+    whole = run(world, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *options))
+    stopped = tiny_config(shards, tmp_path / "b", *options)
+    run(world, tmp_path / "b1", train, stopped, 5)
+    resumed = run(world, tmp_path / "b2", train, stopped)
+    assert whole["lines"] == resumed["lines"]
+    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"])
+    for a, b in zip(whole["theta"] + whole["phi"], resumed["theta"] + resumed["phi"], strict=True):
+        assert torch.equal(a, b)
