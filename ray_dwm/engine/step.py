@@ -13,11 +13,10 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from ray_dwm.config import TrainConfig
-from ray_dwm.core.hypergradient import clip_coefficient
 from ray_dwm.core.losses import sample_losses, sample_statistics
 from ray_dwm.core.schedules import lr_factor
 from ray_dwm.engine.batch import Batch
-from ray_dwm.engine.mesh import all_sum, shard
+from ray_dwm.engine.mesh import all_sum
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.errors import TrainingError
 
@@ -135,15 +134,15 @@ class LowerLevel:
     def _clip(self, step: int) -> float:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         total = torch.nn.utils.get_total_norm(grads)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        total = total.full_tensor() if isinstance(total, DTensor) else total
+        norm = float(total)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient is not finite at step {step} (norm {norm}): lower train.lr or train.clip_norm; "
                 "the last checkpoint is intact"
             )
-        coefficient = clip_coefficient(norm, self.config.clip_norm)
-        if coefficient < 1.0:
-            torch._foreach_mul_([shard(g) for g in grads], coefficient)
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, total)
         return norm
 
     def zero_grad(self) -> None:

@@ -1,7 +1,8 @@
-"""Runs a function in real gloo processes."""
+"""Runs a function in real gloo process groups: of one in this process, of more in others."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# The server imports once and runs nothing, so forking from it is quick and safe.
+multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"])
 
 
 def _entry(rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], out: str) -> None:
@@ -27,6 +31,12 @@ def _entry(rank: int, world: int, store: str, function: Callable[..., Any], argu
 def run(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Any:
     """Rank 0's result of a module-level function that ran in `world` processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    out = folder / "result.pt"
-    mp.spawn(_entry, (world, str(folder / "store"), function, arguments, str(out)), nprocs=world)
+    out, store = folder / "result.pt", folder / "store"
+    store.unlink(missing_ok=True)
+    if world == 1:
+        _entry(0, 1, str(store), function, arguments, str(out))
+    else:
+        mp.start_processes(
+            _entry, (world, str(store), function, arguments, str(out)), nprocs=world, start_method="forkserver"
+        )
     return torch.load(out, weights_only=False)
