@@ -117,7 +117,9 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        positive("train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "log_every")
+        positive(
+            "train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "log_every"
+        )
         positive("train", self, "eval_sequences")
         for name in ("beta1", "beta2", "momentum", "min_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
@@ -169,9 +171,14 @@ class BilevelConfig:
 
     def __post_init__(self) -> None:
         positive("bilevel", self, "every", "target_batch", "epsilon", "updates")
-        require(self.warmup_steps >= 1, "bilevel.warmup_steps is 0: at Adam's first step the hypergradient is noise")
+        require(
+            self.warmup_steps >= 1,
+            "bilevel.warmup_steps is 0: at Adam's first step the hypergradient is noise",
+        )
         require(self.kl >= 0, f"bilevel.kl is {self.kl}: it must not be negative")
-        require(0 <= self.scale_decay < 1, f"bilevel.scale_decay is {self.scale_decay}: it must lie in [0, 1)")
+        require(
+            0 <= self.scale_decay < 1, f"bilevel.scale_decay is {self.scale_decay}: it must lie in [0, 1)"
+        )
 
 
 @frozen
@@ -237,7 +244,9 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, f"name is {self.name!r}: it must be a plain folder name")
+        require(
+            bool(self.name) and "/" not in self.name, f"name is {self.name!r}: it must be a plain folder name"
+        )
         self.local_batch("train.global_batch", self.train.global_batch)
         if self.dwm.enabled:
             self.local_batch("bilevel.target_batch", self.bilevel.target_batch)
@@ -354,5 +363,8 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
         number = kind(text.replace("_", "")) if kind is int else kind(text)
     except ValueError:
         raise ConfigError(f"{path} is {text!r}: it must be of type {kind.__name__}") from None
-    require(kind is not float or number == number and abs(number) != float("inf"), f"{path} is {text!r}: not finite")
+    require(
+        kind is not float or (number == number and abs(number) != float("inf")),
+        f"{path} is {text!r}: not finite",
+    )
     return number

@@ -22,7 +22,9 @@ def exact(losses: Losses, params: Sequence[Tensor], direction: Sequence[Tensor])
     dots = []
     for value in values_B:
         grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-        dots.append(sum((torch.sum(g * u) for g, u in zip(grads, direction, strict=True) if g is not None), start=0.0))
+        dots.append(
+            sum((torch.sum(g * u) for g, u in zip(grads, direction, strict=True) if g is not None), start=0.0)
+        )
     return torch.stack([torch.as_tensor(d, dtype=values_B.dtype) for d in dots])
 
 

@@ -26,7 +26,13 @@ def sgd_jacobian(momentum: float, dampening: float, nesterov: bool, first_step: 
 
 
 def adamw_jacobian(
-    clipped_grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, beta1: float, beta2: float, eps: float
+    clipped_grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
 ) -> Tensor:
     """D of torch.optim.AdamW: derivative of mh / (sqrt(vh) + eps) in the gradient, elementwise.
 

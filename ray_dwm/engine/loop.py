@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ray_dwm.config import RunConfig
 from ray_dwm.core.weighting import effective_sample_size, normalised_entropy
 from ray_dwm.data.plan import Cursor, target_rows
-from ray_dwm.data.shards import ShardReader, Rows
+from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.engine.batch import Batch, BatchSource, to_batch
 from ray_dwm.engine.bilevel import BilevelStep
 from ray_dwm.engine.checkpoint import Checkpointer
@@ -164,7 +164,9 @@ class Trainer:
         seconds = self._clock.take()
         tokens = self._config.train.global_batch * self._parts.seq_len
         total = sum(seconds.values())
-        losses = torch.stack([result.losses_b.double().sum(), torch.tensor(float(len(batch)), dtype=torch.float64)])
+        losses = torch.stack(
+            [result.losses_b.double().sum(), torch.tensor(float(len(batch)), dtype=torch.float64)]
+        )
         loss_sum, count = all_sum(losses).tolist()
         figures = {
             "step": step,
@@ -186,7 +188,9 @@ class Trainer:
         weights_B, size = result.weights_B, self._config.train.global_batch
         ess = float(effective_sample_size(weights_B))
         self._guard(step, ess / size)
-        keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
+        keys_B2 = all_gather_rows(
+            torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device)
+        )
         losses_B = all_gather_rows(result.losses_b)
         ids, codes = keys_B2.T.tolist()
         relative = (weights_B * size).tolist()

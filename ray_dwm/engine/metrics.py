@@ -82,7 +82,12 @@ class WeightsWriter:
         self._first = resume_step + 1
 
     def add(
-        self, step: int, ids: Sequence[int], domains: Sequence[int], losses: Sequence[float], scores: Sequence[float],
+        self,
+        step: int,
+        ids: Sequence[int],
+        domains: Sequence[int],
+        losses: Sequence[float],
+        scores: Sequence[float],
         weights: Sequence[float],
     ) -> None:
         """Buffer one step's global batch."""

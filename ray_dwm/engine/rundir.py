@@ -33,7 +33,9 @@ def claim(config: RunConfig) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(to_yaml(config))
     except OSError as error:
-        raise UserError(f"run folder {config.run_dir} cannot be written ({error.strerror}): choose another storage=...") from None
+        raise UserError(
+            f"run folder {config.run_dir} cannot be written ({error.strerror}): choose another storage=..."
+        ) from None
     failure_path(config).unlink(missing_ok=True)
 
 

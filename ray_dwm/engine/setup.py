@@ -50,7 +50,9 @@ def check_data(config: RunConfig) -> Manifest:
                 f"{train.tokenizer_name}, another one: prepare both with the same tokenizer"
             )
         if other.seq_len < seq_len(config, train):
-            raise DataError(f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew")
+            raise DataError(
+                f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew"
+            )
         if name == "target" and config.dwm.enabled and other.rows < config.bilevel.target_batch:
             raise DataError(
                 f"target set {other.folder} has {other.rows} sequences, bilevel.target_batch asks for "

@@ -17,7 +17,12 @@ class Weigher:
     """Applies DWM version v at exactly the step that the schedule names, however long the actor takes."""
 
     def __init__(
-        self, config: RunConfig, model: DataWeightingModel, start: State, service: WeightService, device: torch.device
+        self,
+        config: RunConfig,
+        model: DataWeightingModel,
+        start: State,
+        service: WeightService,
+        device: torch.device,
     ) -> None:
         self._config, self._service = config, service
         self.schedule = schedule(config)
@@ -81,7 +86,9 @@ class Weigher:
         scores_B = self._model.scores(embeddings_BD, statistics_BS)
         return scores_B, weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
 
-    def submit(self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None) -> None:
+    def submit(
+        self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None
+    ) -> None:
         """Send the feedback of a bi-level step upwards."""
         self._service.submit(
             Feedback(
@@ -122,5 +129,7 @@ class Weigher:
 def schedule(config: RunConfig) -> BilevelSchedule:
     """The bi-level schedule of a run."""
     return BilevelSchedule(
-        every=config.bilevel.every, warmup_steps=config.bilevel.warmup_steps, delay_steps=config.dwm.delay_steps
+        every=config.bilevel.every,
+        warmup_steps=config.bilevel.warmup_steps,
+        delay_steps=config.dwm.delay_steps,
     )

@@ -26,7 +26,14 @@ with {weighting} weights. The resolved configuration is in `ray_dwm_config.yaml`
 
 
 def save_lm(
-    folder: Path, config: LlamaConfig, state: dict[str, Tensor], *, config_yaml: str, name: str, tokens: int, steps: int,
+    folder: Path,
+    config: LlamaConfig,
+    state: dict[str, Tensor],
+    *,
+    config_yaml: str,
+    name: str,
+    tokens: int,
+    steps: int,
     weighting: str,
 ) -> None:
     """Write an LM as a folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -39,7 +46,9 @@ def save_lm(
     model.config.use_cache = True
     model.save_pretrained(folder)
     (folder / "ray_dwm_config.yaml").write_text(config_yaml)
-    (folder / "README.md").write_text(_MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting))
+    (folder / "README.md").write_text(
+        _MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting)
+    )
 
 
 def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance: dict[str, Any]) -> None:
@@ -73,5 +82,7 @@ def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWei
         reason = str(error).splitlines()[0]
         raise DataError(f"{folder} is not a readable DWM folder ({reason}): export it again") from None
     if tokenizer_sha256 is not None and config.get("tokenizer_sha256") != tokenizer_sha256:
-        raise DataError(f"{folder} was learnt with another tokenizer: prepare the data with that tokenizer, or learn anew")
+        raise DataError(
+            f"{folder} was learnt with another tokenizer: prepare the data with that tokenizer, or learn anew"
+        )
     return model, config

@@ -70,7 +70,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     raise_failure(config)
     summary = read_summary(config)
     if summary is None:
-        raise TrainingError(f"[{config.name}] ended without a summary: look into the workers' logs of Ray Train")
+        raise TrainingError(
+            f"[{config.name}] ended without a summary: look into the workers' logs of Ray Train"
+        )
     return summary
 
 
@@ -129,7 +131,11 @@ def _run(config: RunConfig) -> None:
         ray.train.report({"step": step, **figures})
 
     parts = build_parts(
-        config, source=source, service=service, sinks=sinks(config) if rank == 0 else [], on_checkpoint=on_checkpoint
+        config,
+        source=source,
+        service=service,
+        sinks=sinks(config) if rank == 0 else [],
+        on_checkpoint=on_checkpoint,
     )
     Trainer(parts).fit()
     export_lm(parts)
@@ -143,7 +149,8 @@ def _summary(config: RunConfig, world: int) -> dict[str, Any]:
     lines = read_metrics(config.run_dir / "metrics.jsonl")
     last = lines[-1]
     totals = {
-        phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines) for phase in ("data", "dwm_wait", "step", "bilevel")
+        phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines)
+        for phase in ("data", "dwm_wait", "step", "bilevel")
     }
     extra = totals["dwm_wait"] + totals["bilevel"]
     return {
@@ -177,7 +184,9 @@ def _absolute(config: RunConfig) -> RunConfig:
     for name in ("train", "target"):
         if data["data"][name]:
             data["data"][name] = str(Path(data["data"][name]).expanduser().absolute())
-    data["data"]["held_out"] = {k: str(Path(v).expanduser().absolute()) for k, v in data["data"]["held_out"].items()}
+    data["data"]["held_out"] = {
+        k: str(Path(v).expanduser().absolute()) for k, v in data["data"]["held_out"].items()
+    }
     resolved: RunConfig = build(RunConfig, data)
     return resolved
 

@@ -13,10 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # The server imports once and runs nothing, so forking from it is quick and safe.
-multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"])
+multiprocessing.set_forkserver_preload(
+    ["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"]
+)
 
 
-def _entry(rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], out: str) -> None:
+def _entry(
+    rank: int, world: int, store: str, function: Callable[..., Any], arguments: tuple[Any, ...], out: str
+) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
@@ -37,6 +41,9 @@ def run(world: int, folder: Path, function: Callable[..., Any], *arguments: Any)
         _entry(0, 1, str(store), function, arguments, str(out))
     else:
         mp.start_processes(
-            _entry, (world, str(store), function, arguments, str(out)), nprocs=world, start_method="forkserver"
+            _entry,
+            (world, str(store), function, arguments, str(out)),
+            nprocs=world,
+            start_method="forkserver",
         )
     return torch.load(out, weights_only=False)

@@ -51,7 +51,9 @@ def train(config: RunConfig, stop_at: int = 0) -> dict[str, Any]:
 
 def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     """Largest difference relative to the largest entry."""
-    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(left, right, strict=True))
+    return max(
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(left, right, strict=True)
+    )
 
 
 def plain_training(config: RunConfig) -> list[torch.Tensor]:
@@ -89,7 +91,8 @@ def test_uniform_weights_are_plain_training_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("world", "changes"), [(2, ["cluster.workers=2"]), (1, ["train.micro_batch=2"]), (2, ["train.micro_batch=2"])]
+    ("world", "changes"),
+    [(2, ["cluster.workers=2"]), (1, ["train.micro_batch=2"]), (2, ["train.micro_batch=2"])],
 )
 def test_world_and_accumulation_do_not_change_the_run(
     shards: dict[str, Path], tmp_path: Path, world: int, changes: list[str]
