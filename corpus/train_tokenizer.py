@@ -49,9 +49,7 @@ def train(files: list[Path], vocab_size: int) -> Tokenizer:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", required=True, help="folder, glob or file of documents")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--output", required=True, type=Path)

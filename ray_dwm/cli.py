@@ -19,9 +19,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with what differs from the defaults.")
-]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.steps=200 dwm.size=s", metavar="KEY=VALUE")
 ]
@@ -42,9 +40,7 @@ def prepare(config: Config = None, overrides: Overrides = None) -> None:
     run_config = _load(config, overrides)
     sets = sets_to_prepare(run_config)
     if not sets:
-        raise UserError(
-            "nothing to prepare: set prepare.train and data.train (files, and the folder for their shards)"
-        )
+        raise UserError("nothing to prepare: set prepare.train and data.train (files, and the folder for their shards)")
     connect(run_config)
     for key, files, output in sets:
         manifest = run(key, files, output, run_config.prepare)
@@ -88,9 +84,7 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    output: Annotated[
-        Path, typer.Argument(help="New folder: lm/ in Hugging Face layout, dwm/ with the newest DWM.")
-    ],
+    output: Annotated[Path, typer.Argument(help="New folder: lm/ in Hugging Face layout, dwm/ with the newest DWM.")],
 ) -> None:
     """Copy a finished run's LM and DWM to a folder of their own."""
     from ray_dwm.evaluation.export import export_run

@@ -117,9 +117,7 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        positive(
-            "train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "log_every"
-        )
+        positive("train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "log_every")
         positive("train", self, "eval_sequences")
         for name in ("beta1", "beta2", "momentum", "min_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
@@ -176,9 +174,7 @@ class BilevelConfig:
             "bilevel.warmup_steps is 0: at Adam's first step the hypergradient is noise",
         )
         require(self.kl >= 0, f"bilevel.kl is {self.kl}: it must not be negative")
-        require(
-            0 <= self.scale_decay < 1, f"bilevel.scale_decay is {self.scale_decay}: it must lie in [0, 1)"
-        )
+        require(0 <= self.scale_decay < 1, f"bilevel.scale_decay is {self.scale_decay}: it must lie in [0, 1)")
 
 
 @frozen
@@ -244,9 +240,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.name) and "/" not in self.name, f"name is {self.name!r}: it must be a plain folder name"
-        )
+        require(bool(self.name) and "/" not in self.name, f"name is {self.name!r}: it must be a plain folder name")
         self.local_batch("train.global_batch", self.train.global_batch)
         if self.dwm.enabled:
             self.local_batch("bilevel.target_batch", self.bilevel.target_batch)

@@ -13,9 +13,7 @@ def llama_parameters(
     return vocab * width * (1 if tied else 2) + layers * block + width
 
 
-def train_flops_per_token(
-    *, parameters: int, embedding_parameters: int, layers: int, width: int, seq_len: int
-) -> int:
+def train_flops_per_token(*, parameters: int, embedding_parameters: int, layers: int, width: int, seq_len: int) -> int:
     """Forward plus backward FLOPs per token: 6 N + 12 L d T (Chowdhery et al. 2022, PaLM, appendix B).
 
     N leaves out the input embedding, which is a look-up.

@@ -22,9 +22,7 @@ def exact(losses: Losses, params: Sequence[Tensor], direction: Sequence[Tensor])
     dots = []
     for value in values_B:
         grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-        dots.append(
-            sum((torch.sum(g * u) for g, u in zip(grads, direction, strict=True) if g is not None), start=0.0)
-        )
+        dots.append(sum((torch.sum(g * u) for g, u in zip(grads, direction, strict=True) if g is not None), start=0.0))
     return torch.stack([torch.as_tensor(d, dtype=values_B.dtype) for d in dots])
 
 
@@ -35,8 +33,7 @@ def jvp(losses: Losses, params: Sequence[Tensor], direction: Sequence[Tensor]) -
     """
     primals = tuple(p.detach() for p in params)
     tangents = tuple(u.detach() for u in direction)
-    _, tangent_B = torch.func.jvp(lambda *p: losses(p), primals, tangents)
-    return tangent_B
+    return torch.func.jvp(lambda *p: losses(p), primals, tangents)[1]
 
 
 @torch.no_grad()

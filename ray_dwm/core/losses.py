@@ -25,9 +25,7 @@ def predicted_mask(loss_mask_BT: Tensor | None, input_ids_BT: Tensor) -> Tensor:
     return loss_mask_BT[:, 1:]
 
 
-def sample_losses(
-    logits_BTV: Tensor, input_ids_BT: Tensor, mask_BT: Tensor, tokens_per_sample: float
-) -> Tensor:
+def sample_losses(logits_BTV: Tensor, input_ids_BT: Tensor, mask_BT: Tensor, tokens_per_sample: float) -> Tensor:
     """l_i = (sum of token cross-entropies of sample i) / (mean unmasked tokens per sample in the global batch).
 
     With this normalisation uniform weights 1/B give the mean over all tokens of the global batch exactly,

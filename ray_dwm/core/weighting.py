@@ -57,9 +57,7 @@ def upper_objective(weights_B: Tensor, alignments_B: Tensor, kl: float) -> Tenso
     return torch.dot(weights_B, alignments_B.detach()) + kl * kl_to_uniform(weights_B)
 
 
-def score_gradient(
-    scores_B: Tensor, alignments_B: Tensor, kl: float, temperature: float, floor: float
-) -> Tensor:
+def score_gradient(scores_B: Tensor, alignments_B: Tensor, kl: float, temperature: float, floor: float) -> Tensor:
     """dJ/dz in closed form: (1 - floor)/tau (diag(p) - p p^T)(a + kl (log(B w) + 1)), p = softmax(z / tau)."""
     p_B = torch.softmax(scores_B / temperature, dim=0)
     w_B = weights_from_scores(scores_B, temperature, floor)

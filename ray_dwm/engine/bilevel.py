@@ -109,9 +109,7 @@ class BilevelStep:
             config.eps,
         )
 
-    def _contract(
-        self, theta: list[Tensor], u: list[Tensor], norm: float, batch: Batch, tokens: float
-    ) -> Tensor:
+    def _contract(self, theta: list[Tensor], u: list[Tensor], norm: float, batch: Batch, tokens: float) -> Tensor:
         """<u, grad l_i(theta)> of this rank's samples."""
         if norm == 0.0:
             return torch.zeros(len(batch), device=batch.input_ids.device)

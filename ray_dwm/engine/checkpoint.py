@@ -101,6 +101,4 @@ class Checkpointer:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(
-        path.parent for path in folder.glob("step_*/.metadata") if not path.parent.name.endswith(".tmp")
-    )
+    return sorted(path.parent for path in folder.glob("step_*/.metadata") if not path.parent.name.endswith(".tmp"))

@@ -164,9 +164,7 @@ class Trainer:
         seconds = self._clock.take()
         tokens = self._config.train.global_batch * self._parts.seq_len
         total = sum(seconds.values())
-        losses = torch.stack(
-            [result.losses_b.double().sum(), torch.tensor(float(len(batch)), dtype=torch.float64)]
-        )
+        losses = torch.stack([result.losses_b.double().sum(), torch.tensor(float(len(batch)), dtype=torch.float64)])
         loss_sum, count = all_sum(losses).tolist()
         figures = {
             "step": step,
@@ -181,16 +179,12 @@ class Trainer:
             figures |= self._dwm_figures(step, batch, result, seconds)
         return figures
 
-    def _dwm_figures(
-        self, step: int, batch: Batch, result: StepResult, seconds: dict[str, float]
-    ) -> dict[str, float]:
+    def _dwm_figures(self, step: int, batch: Batch, result: StepResult, seconds: dict[str, float]) -> dict[str, float]:
         assert self._weigher is not None and result.scores_B is not None
         weights_B, size = result.weights_B, self._config.train.global_batch
         ess = float(effective_sample_size(weights_B))
         self._guard(step, ess / size)
-        keys_B2 = all_gather_rows(
-            torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device)
-        )
+        keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
         losses_B = all_gather_rows(result.losses_b)
         ids, codes = keys_B2.T.tolist()
         relative = (weights_B * size).tolist()

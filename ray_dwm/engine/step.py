@@ -120,12 +120,8 @@ class LowerLevel:
         if weigher is None or not weigher.uses_statistics:
             return None
         with torch.no_grad():
-            logits = (
-                [first[0]] if first is not None else [self.model(input_ids=m.input_ids).logits for m in micro]
-            )
-            return torch.cat(
-                [sample_statistics(x, m.input_ids, m.mask) for x, m in zip(logits, micro, strict=True)]
-            )
+            logits = [first[0]] if first is not None else [self.model(input_ids=m.input_ids).logits for m in micro]
+            return torch.cat([sample_statistics(x, m.input_ids, m.mask) for x, m in zip(logits, micro, strict=True)])
 
     def _weights(
         self, batch: Batch, weigher: Weigher | None, statistics_bS: Tensor | None

@@ -86,9 +86,7 @@ class Weigher:
         scores_B = self._model.scores(embeddings_BD, statistics_BS)
         return scores_B, weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
 
-    def submit(
-        self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None
-    ) -> None:
+    def submit(self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None) -> None:
         """Send the feedback of a bi-level step upwards."""
         self._service.submit(
             Feedback(

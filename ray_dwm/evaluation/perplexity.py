@@ -43,13 +43,9 @@ def load_lm(folder: Path) -> torch.nn.Module:
     """
     path = folder / "hf" if (folder / "hf").is_dir() else folder
     if not (path / "config.json").is_file():
-        raise UserError(
-            f"{folder} is neither a finished run folder nor a Hugging Face folder: name one of these"
-        )
+        raise UserError(f"{folder} is neither a finished run folder nor a Hugging Face folder: name one of these")
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype=torch.float32
-        )
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds for a damaged folder
         raise UserError(f"{path} cannot be loaded as an LM: {str(error).splitlines()[0]}") from None
     return model.eval()
@@ -90,15 +86,10 @@ def evaluate(model: torch.nn.Module, folder: Path, batch: int = 32) -> list[Resu
     parts = [("all", np.ones(len(codes), dtype=bool))]
     if len(manifest.domains) > 1:
         parts += [(name, codes == code) for code, name in enumerate(manifest.domain_names)]
-    return [
-        _result(folder.name, name, nats[chosen], tokens[chosen], ratios[codes[chosen]])
-        for name, chosen in parts
-    ]
+    return [_result(folder.name, name, nats[chosen], tokens[chosen], ratios[codes[chosen]]) for name, chosen in parts]
 
 
-def _result(
-    name: str, domain: str, nats: np.ndarray, tokens: np.ndarray, bytes_per_token: np.ndarray
-) -> Result:
+def _result(name: str, domain: str, nats: np.ndarray, tokens: np.ndarray, bytes_per_token: np.ndarray) -> Result:
     loss = float(nats.sum() / tokens.sum())
     spread = np.sqrt(np.sum((nats - loss * tokens) ** 2)) / tokens.sum()
     bits = float(nats.sum() / math.log(2) / np.sum(tokens * bytes_per_token))
@@ -113,9 +104,7 @@ def evaluate_folders(lm: Path, folders: Sequence[Path], batch: int = 32) -> list
 
 def format_table(results: Sequence[Result]) -> str:
     """A table for the terminal."""
-    lines = [
-        f"{'set':<16}{'domain':<14}{'tokens':>10}{'loss':>9}{'± s.e.':>9}{'perplexity':>12}{'bits/byte':>11}"
-    ]
+    lines = [f"{'set':<16}{'domain':<14}{'tokens':>10}{'loss':>9}{'± s.e.':>9}{'perplexity':>12}{'bits/byte':>11}"]
     for r in results:
         lines.append(
             f"{r.set:<16}{r.domain:<14}{r.tokens:>10,}{r.loss:>9.4f}{r.loss_error:>9.4f}{r.perplexity:>12.2f}"

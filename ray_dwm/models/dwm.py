@@ -58,9 +58,7 @@ class _ConvBlock(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(width)
         self.mix = nn.Conv1d(width, width, kernel_size=5, padding=2, groups=width)
-        self.mlp = nn.Sequential(
-            nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        self.mlp = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x_bTD: Tensor) -> Tensor:
         x_bTD = x_bTD + self.mix(self.norm(x_bTD).transpose(1, 2)).transpose(1, 2)
@@ -74,9 +72,7 @@ class _BatchBlock(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(
-            nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        self.mlp = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x_BD: Tensor) -> Tensor:
         h_1BD = self.norm(x_BD)[None]

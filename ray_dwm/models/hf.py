@@ -46,9 +46,7 @@ def save_lm(
     model.config.use_cache = True
     model.save_pretrained(folder)
     (folder / "ray_dwm_config.yaml").write_text(config_yaml)
-    (folder / "README.md").write_text(
-        _MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting)
-    )
+    (folder / "README.md").write_text(_MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting))
 
 
 def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance: dict[str, Any]) -> None:

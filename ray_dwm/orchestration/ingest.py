@@ -57,9 +57,7 @@ class RankDatasource(Datasource):
             metadata = BlockMetadata(
                 num_rows=rows, size_bytes=rows * self._row_bytes, input_files=None, exec_stats=None
             )
-            tasks.append(
-                ReadTask(partial(self._read, start, stop), metadata, per_task_row_limit=per_task_row_limit)
-            )
+            tasks.append(ReadTask(partial(self._read, start, stop), metadata, per_task_row_limit=per_task_row_limit))
         return tasks
 
 
@@ -86,9 +84,7 @@ def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 class RayDataSource:
     """A BatchSource that streams through Ray Data."""
 
-    def __init__(
-        self, folder: str, plan: ReadPlan, rank: int, world: int, prefetch: int, memory_mb: int
-    ) -> None:
+    def __init__(self, folder: str, plan: ReadPlan, rank: int, world: int, prefetch: int, memory_mb: int) -> None:
         self._folder, self._plan, self._rank, self._world = folder, plan, rank, world
         self._prefetch, self._memory_bytes = prefetch, memory_mb * 2**20
 
@@ -107,13 +103,9 @@ class RayDataSource:
         source = RankDatasource(self._folder, self._plan, self._rank, self._world, first_batch, stop_batch)
         tasks = len(source.get_read_tasks(1))
         # Reading is I/O beside the workers' computing: a sliver of a logical CPU, so that it always finds room.
-        dataset = ray.data.read_datasource(
-            source, override_num_blocks=tasks, ray_remote_args={"num_cpus": 0.01}
-        )
+        dataset = ray.data.read_datasource(source, override_num_blocks=tasks, ray_remote_args={"num_cpus": 0.01})
         share = self._plan.global_batch // self._world
-        tables = dataset.iter_batches(
-            batch_size=share, batch_format="pyarrow", prefetch_batches=self._prefetch
-        )
+        tables = dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=self._prefetch)
         for batch, table in zip(range(first_batch, stop_batch), tables, strict=True):
             numbers = table.column("batch").to_numpy()
             if len(table) != share or (numbers != batch).any():
@@ -127,9 +119,7 @@ def _rows(table: pa.Table) -> Rows:
     table = table.combine_chunks()
 
     def matrix(name: str) -> np.ndarray:
-        return np.asarray(table.column(name).chunk(0).flatten().to_numpy(zero_copy_only=False)).reshape(
-            len(table), -1
-        )
+        return np.asarray(table.column(name).chunk(0).flatten().to_numpy(zero_copy_only=False)).reshape(len(table), -1)
 
     return Rows(
         table.column("sample_id").to_numpy(),

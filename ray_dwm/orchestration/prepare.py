@@ -88,9 +88,7 @@ def _tokenizer(folder: str) -> Tokenizer:
 def _pack_one(row: dict[str, Any], tokenizer: str, output: str, **options: Any) -> dict[str, Any]:
     # A damaged file travels back as data: an exception would be wrapped and retried by Ray.
     try:
-        report = pack_file(
-            Path(row["source"]), int(row["number"]), Path(output), _tokenizer(tokenizer), **options
-        )
+        report = pack_file(Path(row["source"]), int(row["number"]), Path(output), _tokenizer(tokenizer), **options)
         content = {"number": int(row["number"]), **report.to_dict()}
     except DwmError as error:
         content = {"number": int(row["number"]), "error": str(error)}
@@ -110,9 +108,7 @@ def _manifest(
             for domain, count in report[name].items():
                 counts[domain] = counts.get(domain, 0) + count
     if not totals["rows"]:
-        raise DataError(
-            f"{sources[0].parent} holds no usable record: each needs a field `text` of type string"
-        )
+        raise DataError(f"{sources[0].parent} holds no usable record: each needs a field `text` of type string")
     for domain, rows in totals["rows"].items():
         if rows == 0:
             raise DataError(
@@ -149,7 +145,5 @@ def _manifest(
 def _write_rejects(reports: list[dict[str, Any]], folder: Path) -> None:
     rejects = [reject for report in reports for reject in report["rejects"]]
     if rejects:
-        lines = "".join(
-            json.dumps({**reject, "file": Path(reject["file"]).name}) + "\n" for reject in rejects
-        )
+        lines = "".join(json.dumps({**reject, "file": Path(reject["file"]).name}) + "\n" for reject in rejects)
         (folder / REJECTS).write_text(lines)

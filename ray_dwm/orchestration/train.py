@@ -70,9 +70,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     raise_failure(config)
     summary = read_summary(config)
     if summary is None:
-        raise TrainingError(
-            f"[{config.name}] ended without a summary: look into the workers' logs of Ray Train"
-        )
+        raise TrainingError(f"[{config.name}] ended without a summary: look into the workers' logs of Ray Train")
     return summary
 
 
@@ -184,9 +182,7 @@ def _absolute(config: RunConfig) -> RunConfig:
     for name in ("train", "target"):
         if data["data"][name]:
             data["data"][name] = str(Path(data["data"][name]).expanduser().absolute())
-    data["data"]["held_out"] = {
-        k: str(Path(v).expanduser().absolute()) for k, v in data["data"]["held_out"].items()
-    }
+    data["data"]["held_out"] = {k: str(Path(v).expanduser().absolute()) for k, v in data["data"]["held_out"].items()}
     resolved: RunConfig = build(RunConfig, data)
     return resolved
 

@@ -45,9 +45,7 @@ def attention_problem() -> tuple[estimators.Losses, list[Tensor], list[Tensor]]:
     def losses(values: Sequence[Tensor]) -> Tensor:
         embedding, q, k, v, out = values
         x = embedding[ids]
-        mixed = F.scaled_dot_product_attention(
-            (x @ q)[:, None], (x @ k)[:, None], (x @ v)[:, None], is_causal=True
-        )
+        mixed = F.scaled_dot_product_attention((x @ q)[:, None], (x @ k)[:, None], (x @ v)[:, None], is_causal=True)
         logits = torch.tanh(x + mixed[:, 0]) @ out
         return -torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
 
@@ -76,7 +74,5 @@ def test_central_points_where_exact_points(problem: Callable[[], Any], step: flo
 
 def test_exact_on_a_linear_problem_by_hand() -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)
-    got = estimators.exact(
-        lambda p: x @ p[0], [torch.zeros(2, dtype=torch.float64)], [torch.tensor([2.0, 0.5])]
-    )
+    got = estimators.exact(lambda p: x @ p[0], [torch.zeros(2, dtype=torch.float64)], [torch.tensor([2.0, 0.5])])
     assert got.tolist() == [3.0, 5.5]

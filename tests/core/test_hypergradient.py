@@ -129,9 +129,7 @@ def test_clip_coefficient_is_torchs(norm: float, max_norm: float, expected: floa
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_agrees_with_torchopt(kind: str) -> None:
-    torchopt = pytest.importorskip(
-        "torchopt", reason="the oracle extra is not installed: pip install -e '.[oracle]'"
-    )
+    torchopt = pytest.importorskip("torchopt", reason="the oracle extra is not installed: pip install -e '.[oracle]'")
     theta, losses, target = problem(seed=3)
     if kind == "sgd":
         optimizer = torchopt.sgd(lr=LR)
@@ -144,13 +142,9 @@ def test_agrees_with_torchopt(kind: str) -> None:
         grads = torch.autograd.grad(losses(params[0]).mean(), params)
         m, v_moment = BETA1 * m + (1 - BETA1) * grads[0], BETA2 * v_moment + (1 - BETA2) * grads[0].square()
         updates, state = optimizer.update(grads, state, params=params, inplace=False)
-        params = tuple(
-            p.detach().requires_grad_() for p in torchopt.apply_updates(params, updates, inplace=False)
-        )
+        params = tuple(p.detach().requires_grad_() for p in torchopt.apply_updates(params, updates, inplace=False))
     w = torch.softmax(torch.linspace(-1, 1, SAMPLES, dtype=torch.float64), 0).requires_grad_()
-    grads_i = torch.stack(
-        [torch.autograd.grad(li, params[0], retain_graph=True)[0] for li in losses(params[0])]
-    )
+    grads_i = torch.stack([torch.autograd.grad(li, params[0], retain_graph=True)[0] for li in losses(params[0])])
     g = w @ grads_i
     updates, _ = optimizer.update((g,), state, params=params, inplace=False)
     moved = torchopt.apply_updates(params, updates, inplace=False)[0]

@@ -28,9 +28,7 @@ def test_learning_rate(schedule: str, step: int, expected: float) -> None:
     assert lr_factor(step, schedule=schedule, **COMMON) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("every", "warmup", "delay"), [(1, 1, 0), (1, 3, 1), (3, 2, 1), (3, 2, 5), (10, 20, 1)]
-)
+@pytest.mark.parametrize(("every", "warmup", "delay"), [(1, 1, 0), (1, 3, 1), (3, 2, 1), (3, 2, 5), (10, 20, 1)])
 def test_versions_follow_from_bilevel_steps(every: int, warmup: int, delay: int) -> None:
     schedule = BilevelSchedule(every=every, warmup_steps=warmup, delay_steps=delay)
     done = 0

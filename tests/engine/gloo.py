@@ -13,9 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # The server imports once and runs nothing, so forking from it is quick and safe.
-multiprocessing.set_forkserver_preload(
-    ["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"]
-)
+multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"])
 
 
 def _entry(

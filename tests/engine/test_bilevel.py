@@ -53,9 +53,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("clip", [0.0, 0.3])
-def test_central_and_jvp_agree_with_exact(
-    shards: dict[str, Path], tmp_path: Path, optimizer: str, clip: float
-) -> None:
+def test_central_and_jvp_agree_with_exact(shards: dict[str, Path], tmp_path: Path, optimizer: str, clip: float) -> None:
     options = [f"train.optimizer={optimizer}", f"train.clip_norm={clip}", "train.schedule=constant"]
     got = {
         name: run(
@@ -74,9 +72,7 @@ def test_central_and_jvp_agree_with_exact(
 
 
 @pytest.mark.parametrize("estimator", ["central", "exact", "jvp"])
-def test_two_ranks_and_accumulation_equal_one(
-    shards: dict[str, Path], tmp_path: Path, estimator: str
-) -> None:
+def test_two_ranks_and_accumulation_equal_one(shards: dict[str, Path], tmp_path: Path, estimator: str) -> None:
     options = [f"bilevel.estimator={estimator}", "train.optimizer=sgd", "train.lr=0.5", "bilevel.epsilon=0.3"]
     one = run(1, tmp_path / "1", alignments, tiny_config(shards, tmp_path, *options))
     two = run(2, tmp_path / "2", alignments, tiny_config(shards, tmp_path, *options, "train.micro_batch=2"))

@@ -51,9 +51,7 @@ def train(config: RunConfig, stop_at: int = 0) -> dict[str, Any]:
 
 def distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     """Largest difference relative to the largest entry."""
-    return max(
-        float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(left, right, strict=True)
-    )
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(left, right, strict=True))
 
 
 def plain_training(config: RunConfig) -> list[torch.Tensor]:
