@@ -58,8 +58,8 @@ class Checkpointer:
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(
-                f"checkpoint of step {step} could not be written to {self._folder} ({str(error).splitlines()[0]}): free "
-                "space there and start the same command again; the last checkpoint is intact"
+                f"the checkpoint of step {step} cannot be written to {self._folder} ({str(error).splitlines()[0]}): "
+                "free space there and start the same command again; the last checkpoint is intact"
             ) from None
         if dist.get_rank() == 0:
             shutil.rmtree(path, ignore_errors=True)
@@ -75,8 +75,8 @@ class Checkpointer:
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise TrainingError(
-                f"{self._folder} has {free / 2**30:.1f} GiB free, a checkpoint takes about {needed / 2**30:.1f} GiB: free "
-                "space there and start the same command again; the last checkpoint is intact"
+                f"{self._folder} has {free / 2**30:.1f} GiB free, a checkpoint takes about {needed / 2**30:.1f} GiB: "
+                "free space there and start the same command again; the last checkpoint is intact"
             )
 
     def load_latest(self) -> tuple[int, Cursor]:

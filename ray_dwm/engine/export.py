@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ray_dwm.config import to_yaml
@@ -38,7 +41,7 @@ def export_lm(parts: Parts) -> None:
         save_lm(
             config.run_dir / "hf",
             parts.lower.model.config,
-            state,
+            cast(dict[str, Tensor], state),
             config_yaml=to_yaml(config),
             name=config.name,
             tokens=steps * config.train.global_batch * parts.seq_len,

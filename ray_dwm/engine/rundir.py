@@ -26,8 +26,8 @@ def claim(config: RunConfig) -> None:
         for key in sorted(before.keys() | now.keys()):
             if key.split(".")[0] not in _FREE and before.get(key) != now.get(key):
                 raise ConfigError(
-                    f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: choose "
-                    "another name=..., or remove the folder"
+                    f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
+                    "choose another name=..., or remove the folder"
                 )
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,6 @@ def preflight(config: RunConfig) -> None:
         if available.get(kind, 0.0) < amount:
             raise ResourceError(
                 f"the run needs {amount:g} {kind}s ({config.cluster.workers} workers, the DWM actor and reading), the "
-                f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or cluster.{kind.lower()}s_per_worker, "
-                "or add nodes"
+                f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or "
+                f"cluster.{kind.lower()}s_per_worker, or add nodes"
             )

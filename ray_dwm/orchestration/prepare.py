@@ -112,7 +112,7 @@ def _manifest(
     for domain, rows in totals["rows"].items():
         if rows == 0:
             raise DataError(
-                f"domain {domain} has {totals['tokens'][domain]} tokens, fewer than prepare.seq_len = {config.seq_len}: "
+                f"domain {domain} has {totals['tokens'][domain]} tokens, less than prepare.seq_len = {config.seq_len}: "
                 "leave it out, add text or shorten the sequences"
             )
     return Manifest(
