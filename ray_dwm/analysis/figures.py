@@ -1,0 +1,129 @@
+"""Figures of the report as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from ray_dwm.analysis.runs import Run
+
+UNIFORM, DWM, INK, GRID = "#8a8f98", "#2f6fde", "#30343b", "#e6e8ec"
+PALETTE = ["#2f6fde", "#e0672f", "#2a9d74", "#c23f6d", "#8759c9", "#b8860b", "#1d9bb0", "#7a5c3e", "#6b7280", "#5a8f29"]
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#c4c8cf",
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ray_dwm",
+}
+
+
+@contextmanager
+def _figure(width: float = 5.6, height: float = 3.2) -> Iterator[tuple[Figure, Any, list[str]]]:
+    """A figure whose SVG text is appended to the list when the body is done."""
+    out: list[str] = []
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        yield figure, axes, out
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+        out.append(stream.getvalue()[stream.getvalue().index("<svg") :])
+
+
+def _colour(run: Run) -> str:
+    return DWM if run.weighted else UNIFORM
+
+
+def losses(runs: list[Run], key: str, over: str) -> str:
+    """A loss of all runs against tokens or wall-clock."""
+    with _figure() as (_, axes, out):
+        for run in runs:
+            x, y = run.series(key, over)
+            scale = 1e6 if over == "tokens" else 1.0
+            axes.plot(np.array(x[1:]) / scale, y[1:], color=_colour(run), marker="o", markersize=3, label=run.name)
+        axes.set_xlabel("million tokens" if over == "tokens" else "seconds of training")
+        axes.set_ylabel("loss, nats per token")
+        axes.legend(frameon=False)
+    return out[0]
+
+
+def _smooth(values: list[float], width: int) -> np.ndarray:
+    kernel = np.ones(width) / width
+    padded = np.concatenate([np.full(width - 1, values[0]), np.array(values)])
+    return np.convolve(padded, kernel, mode="valid")
+
+
+def domain_weights(run: Run) -> str:
+    """Mean relative weight of every domain over training, smoothed over steps."""
+    with _figure(8.6, 3.8) as (_, axes, out):
+        for index, key in enumerate(run.keys("weight/")):
+            x, y = run.series(key)
+            name = key.removeprefix("weight/")
+            colour = PALETTE[index % len(PALETTE)]
+            axes.plot(np.array(x) / 1e6, _smooth(y, max(1, len(y) // 25)), color=colour, label=name, linewidth=1.8)
+        axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel("mean relative weight (1 = uniform)")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return out[0]
+
+
+def effective_size(run: Run) -> str:
+    """ESS as a share of the global batch, and the weights' entropy over log B."""
+    with _figure() as (_, axes, out):
+        x, ess = run.series("dwm/ess")
+        _, entropy = run.series("dwm/entropy")
+        millions = np.array(x) / 1e6
+        axes.plot(millions, np.array(ess) / run.config.train.global_batch, color=DWM, label="ESS / batch")
+        axes.plot(millions, entropy, color="#e0672f", label="entropy / log B")
+        axes.set_ylim(0, 1.05)
+        axes.set_xlabel("million tokens")
+        axes.legend(frameon=False, loc="lower left")
+    return out[0]
+
+
+def hypergradient(run: Run) -> str:
+    """Norm of dJ/dphi over training."""
+    with _figure() as (_, axes, out):
+        x, y = run.series("dwm/hypergrad_norm")
+        points = [(a / 1e6, b) for a, b in zip(x, y, strict=True) if b > 0]
+        axes.plot([a for a, _ in points], [b for _, b in points], color=DWM)
+        axes.set_yscale("log")
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel("|dJ/dφ|")
+    return out[0]
+
+
+def overhead(run: Run) -> str:
+    """Where the DWM run's time went."""
+    seconds = run.summary["seconds"]
+    with _figure(8.6, 1.5) as (_, axes, out):
+        left, total = 0.0, sum(seconds.values())
+        colours = {"step": UNIFORM, "data": "#c4c8cf", "bilevel": DWM, "dwm_wait": "#8759c9"}
+        for name in ("step", "data", "bilevel", "dwm_wait"):
+            axes.barh(
+                [0], [seconds[name]], left=[left], color=colours[name], label=f"{name} {seconds[name] / total:.1%}"
+            )
+            left += seconds[name]
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        axes.set_xlabel("seconds")
+        axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return out[0]

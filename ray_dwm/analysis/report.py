@@ -1,0 +1,70 @@
+"""report.html: self-contained, opens offline."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from ray_dwm.analysis import figures
+from ray_dwm.analysis.preferences import phases
+from ray_dwm.analysis.runs import Run, open_run
+from ray_dwm.analysis.verdict import verdict
+from ray_dwm.config import to_yaml
+from ray_dwm.errors import UserError
+
+
+def write_report(folders: list[Path], output: Path) -> None:
+    """Write the report of one or more runs; the first without a DWM is the baseline.
+
+    Raises:
+        UserError: no run folders, or the report's folder does not exist.
+    """
+    runs = [open_run(folder) for folder in folders]
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"folder {output.absolute().parent} does not exist: create it or choose another --output")
+    environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(environment.get_template("report.html").render(**_content(runs)))
+    temporary.replace(output)
+
+
+def _content(runs: list[Run]) -> dict[str, Any]:
+    uniform = next((run for run in runs if not run.weighted), None)
+    weighted = next((run for run in runs if run.weighted), None)
+    shown = weighted or runs[0]
+    return {
+        "runs": runs,
+        "rows": verdict(uniform, weighted) if uniform and weighted else [],
+        "losses": [
+            (
+                _title(key),
+                figures.losses(runs, key, "tokens"),
+                figures.losses(runs, key, "time_s"),
+            )
+            for key in shown.keys("val/")
+        ],
+        "dwm": _dwm(weighted) if weighted else None,
+        "configs": [(run.name, to_yaml(run.config)) for run in runs],
+        "versions": {name: version(name) for name in ("ray-dwm", "torch", "ray", "transformers", "pyarrow")},
+    }
+
+
+def _title(key: str) -> str:
+    name = key.removeprefix("val/").removesuffix("/loss")
+    return "Target set" if name == "target" else f"Held-out set: {name}"
+
+
+def _dwm(run: Run) -> dict[str, Any]:
+    config = run.config
+    return {
+        "domains": figures.domain_weights(run),
+        "ess": figures.effective_size(run),
+        "hypergradient": figures.hypergradient(run),
+        "overhead": figures.overhead(run),
+        "overhead_frac": run.summary["overhead_frac"],
+        "phases": phases(run.weights(), config.data.train, config.prepare.tokenizer),
+        "every": config.bilevel.every,
+    }

@@ -1,0 +1,73 @@
+"""Run folders as plain data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_dwm.config import RunConfig, load
+from ray_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read when asked."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        return load([self.folder / "config.yaml"])
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        return dict(json.loads((self.folder / "summary.json").read_text()))
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.config.name
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a DWM gave the weights."""
+        return self.config.dwm.enabled
+
+    def series(self, key: str, over: str = "tokens") -> tuple[list[float], list[float]]:
+        """(x, y) of a metric over `tokens`, `step` or `time_s`, where it was logged."""
+        points = [(line[over], line[key]) for line in self.metrics if key in line]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def keys(self, prefix: str) -> list[str]:
+        """Metric names with a prefix, in order of first appearance."""
+        return list(dict.fromkeys(key for line in self.metrics for key in line if key.startswith(prefix)))
+
+    def weights(self) -> pa.Table:
+        """All rows of weights/*.parquet; none where there was no DWM."""
+        files = sorted((self.folder / "weights").glob("*.parquet"))
+        return pa.concat_tables([pq.read_table(file) for file in files]) if files else pa.table({})
+
+
+def open_run(folder: Path) -> Run:
+    """A finished run.
+
+    Raises:
+        UserError: where the folder is none.
+    """
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: it is no finished run folder, let `ray-dwm train` end first")
+    return Run(folder)

@@ -1,0 +1,68 @@
+"""Did the weighting help? One table, win or lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray_dwm.analysis.runs import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measure of the baseline (uniform weights) and of the DWM run; `better` is who won."""
+
+    measure: str
+    uniform: str
+    dwm: str
+    difference: str
+    better: str
+
+
+def tokens_to_reach(run: Run, key: str, level: float) -> float | None:
+    """Tokens after which a loss first fell to a level, between evaluations by a straight line; None if never."""
+    tokens, losses = run.series(key)
+    for index, loss in enumerate(losses):
+        if loss <= level:
+            if index == 0:
+                return tokens[0]
+            share = (losses[index - 1] - level) / (losses[index - 1] - loss)
+            return tokens[index - 1] + share * (tokens[index] - tokens[index - 1])
+    return None
+
+
+def verdict(uniform: Run, dwm: Run) -> list[Row]:
+    """The rows of the verdict table."""
+    rows = []
+    for key in sorted(uniform.summary["final"], key=lambda k: (k != "val/target/loss", k)):
+        a, b = uniform.summary["final"][key], dwm.summary["final"][key]
+        name = key.removeprefix("val/").removesuffix("/loss")
+        label = "target loss" if name == "target" else f"held-out loss ({name})"
+        rows.append(Row(label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", _better(a, b)))
+    level = uniform.summary["final"]["val/target/loss"]
+    reached = tokens_to_reach(dwm, "val/target/loss", level)
+    total = uniform.summary["tokens"]
+    rows.append(
+        Row(
+            "tokens to uniform's final target loss",
+            f"{total:,.0f}",
+            "not reached" if reached is None else f"{reached:,.0f}",
+            "" if reached is None else f"{reached / total - 1:+.0%}",
+            "uniform" if reached is None else _better(total, reached),
+        )
+    )
+    a, b = uniform.summary["train_seconds"], dwm.summary["train_seconds"]
+    rows.append(Row("training time", f"{a:.0f} s", f"{b:.0f} s", f"{b / a - 1:+.1%}", _better(a, b)))
+    share = dwm.summary["overhead_frac"]
+    rows.append(Row("bi-level overhead (phases of the DWM run)", "", f"{share:.1%}", "", ""))
+    return rows
+
+
+def _better(uniform: float, dwm: float) -> str:
+    return "tie" if uniform == dwm else "DWM" if dwm < uniform else "uniform"
+
+
+def format_table(rows: list[Row]) -> str:
+    """The verdict for the terminal."""
+    lines = [f"{'':<42}{'uniform':>14}{'DWM':>14}{'difference':>12}  better"]
+    lines += [f"{r.measure:<42}{r.uniform:>14}{r.dwm:>14}{r.difference:>12}  {r.better}" for r in rows]
+    return "\n".join(lines)
