@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from ray_dwm.config import PrepareConfig, RunConfig
-from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile
+from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile, load_manifest
 from ray_dwm.data.packing import pack_file
 from ray_dwm.data.text import find_files
 from ray_dwm.data.tokenization import Tokenizer
@@ -57,7 +57,7 @@ def prepare(key: str, files: str, output: str | Path, config: PrepareConfig) -> 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return manifest
+    return load_manifest(folder)
 
 
 def _pack_all(sources: Sequence[Path], output: Path, config: PrepareConfig) -> list[dict[str, Any]]:

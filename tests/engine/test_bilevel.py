@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
+from synthetic import tiny_config
 from gloo import run
 
 from ray_dwm.config import RunConfig

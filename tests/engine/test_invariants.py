@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from synthetic import tiny_config
 from gloo import run
 
 from ray_dwm.config import RunConfig

@@ -1,0 +1,94 @@
+"""One real Ray cluster for all of these tests, and the console in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_dwm.config import RunConfig, to_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).with_name("ray")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment variables that point at a running cluster of 8 logical CPUs, with a dashboard for jobs."""
+    port, dashboard, folder = _free_port(), _free_port(), tmp_path_factory.mktemp("ray", numbered=True)
+    command = [str(RAY), "start", "--head", f"--port={port}", "--num-cpus=8", "--num-gpus=0", "--disable-usage-stats"]
+    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={_free_port()}", "--block"]
+    command += ["--object-store-memory=300000000"]
+    environment = {
+        **os.environ,
+        "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        wait_for(lambda: "--block" in (folder / "head.log").read_text(), 60, "the Ray head")
+        yield environment
+    finally:
+        # All at once: the head's blocking command lives on when only it is asked to end.
+        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            process.kill()
+        head.wait(30)
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
+        time.sleep(0.05)
+
+
+class Console:
+    """`ray-dwm` in a process of its own."""
+
+    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+        self.environment, self.folder = environment, folder
+
+    def start(self, config: RunConfig, command: str = "train") -> subprocess.Popen[str]:
+        """Start a command on a configuration; its output goes to console.log."""
+        file = self.folder / f"{config.name}.yaml"
+        file.write_text(to_yaml(config))
+        with (self.folder / f"{config.name}.log").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "ray_dwm.cli", command, "--config", str(file)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=self.environment,
+                cwd=ROOT,
+            )
+
+    def output(self, config: RunConfig) -> str:
+        """What the command has printed."""
+        return (self.folder / f"{config.name}.log").read_text()
+
+    def finish(self, config: RunConfig, process: subprocess.Popen[str], code: int = 0) -> str:
+        """Wait for the end and check the exit code."""
+        process.wait(180)
+        assert process.returncode == code, self.output(config)
+        return self.output(config)
+
+
+@pytest.fixture
+def console(cluster: dict[str, str], tmp_path: Path) -> Console:
+    """The console on the cluster."""
+    return Console(cluster, tmp_path)

@@ -1,0 +1,41 @@
+"""Ray Data must deliver what reading the shards by the plan delivers, for any world and from any batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from synthetic import make_shards
+
+from ray_dwm.data.plan import ReadPlan
+from ray_dwm.data.shards import ShardReader
+from ray_dwm.engine.batch import LocalSource
+from ray_dwm.orchestration import ingest
+from ray_dwm.orchestration.ingest import RayDataSource
+
+
+@pytest.fixture(scope="module", autouse=True)
+def driver(cluster: dict[str, str]) -> Any:
+    """This process as a driver of the cluster."""
+    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(("world", "first", "stop"), [(1, 0, 20), (2, 0, 20), (2, 13, 37), (4, 31, 33)])
+def test_streams_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, first: int, stop: int) -> None:
+    manifest = make_shards(tmp_path / "shards", good=60, noise=70, files=3)
+    plan = ReadPlan(rows_per_file=manifest.rows_per_file, global_batch=8, seed=5, block_rows=4, window_blocks=8)
+    monkeypatch.setattr(ingest, "_MAX_BATCHES_PER_TASK", 6)  # several read tasks, and epochs that end inside one
+    for rank in range(world):
+        local = LocalSource(ShardReader(manifest), plan, rank, world).stream(first, stop)
+        streamed = RayDataSource(str(manifest.folder), plan, rank, world, 2, 64).stream(first, stop)
+        count = 0
+        for count, (ours, theirs) in enumerate(zip(streamed, local, strict=True), start=1):
+            np.testing.assert_array_equal(ours.sample_ids, theirs.sample_ids)
+            np.testing.assert_array_equal(ours.domains, theirs.domains)
+            np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
+        assert count == stop - first

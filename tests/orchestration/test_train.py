@@ -1,0 +1,118 @@
+"""The main job on a real cluster: undisturbed, with killed processes, and under `ray job submit`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from orchestration.conftest import ROOT, Console, wait_for
+from synthetic import tiny_config
+from transformers import AutoModelForCausalLM
+
+from ray_dwm.config import RunConfig
+from ray_dwm.engine.metrics import read_metrics
+from ray_dwm.models.hf import load_dwm
+
+TIMES = ("seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
+OPTIONS = ("cluster.workers=2", "train.steps=60", "train.eval_every=20", "checkpoint.every=10", "train.micro_batch=4")
+
+
+def figures(config: RunConfig) -> list[dict[str, float]]:
+    """metrics.jsonl without what the clock decides."""
+    lines = read_metrics(config.run_dir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: dict[str, str], shards: dict[str, Path], tmp_path_factory: Any) -> RunConfig:
+    """A finished run of two FSDP workers and a DWM actor, with W&B offline."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    console = Console(cluster, folder)
+    config = tiny_config(shards, folder, *OPTIONS, "name=undisturbed", "tracking.wandb=offline")
+    console.finish(config, console.start(config))
+    return config
+
+
+def test_run_folder_holds_what_users_rely_on(undisturbed: RunConfig) -> None:
+    folder = undisturbed.run_dir
+    lines = figures(undisturbed)
+    assert [line["step"] for line in lines] == list(range(61))
+    assert lines[-1]["dwm/version"] == 30 - 1  # every 2 steps from step 1 on, applied with a delay of 1
+    assert lines[-1]["weight/good"] > lines[-1]["weight/noise"]
+    assert lines[-1]["val/target/loss"] < lines[0]["val/target/loss"]
+    weights = pq.read_table(folder / "weights")
+    assert len(weights) == 60 * 8
+    AutoModelForCausalLM.from_pretrained(folder / "hf")
+    _, content = load_dwm(sorted((folder / "dwm").iterdir())[-1], "0" * 64)
+    assert content["learnt_on"]["step"] == 60
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_same_command_again_does_nothing(undisturbed: RunConfig, console: Console) -> None:
+    before = (undisturbed.run_dir / "metrics.jsonl").read_bytes()
+    assert "complete already" in console.finish(undisturbed, console.start(undisturbed))
+    assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Ray processes whose title names a class."""
+    return [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize(
+    ("victim", "title"), [("worker", "ray::RayTrainWorker"), ("actor", "ray::DwmService"), ("driver", "")]
+)
+def test_kill_9_leaves_no_trace(
+    undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path, victim: str, title: str
+) -> None:
+    config = tiny_config(shards, tmp_path, *OPTIONS, f"name=killed-{victim}")
+    process = console.start(config)
+    path = config.run_dir / "metrics.jsonl"
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    victims = processes(title) if title else [psutil.Process(process.pid)]
+    assert victims, f"no process {title}"
+    os.kill(victims[0].pid, signal.SIGKILL)
+    assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
+    if victim == "driver":
+        process.wait(30)
+        wait_for(lambda: not processes("ray::RayTrainWorker"), 60, "the end of the orphaned workers")
+        process = console.start(config)
+    console.finish(config, process)
+    assert figures(config) == figures(undisturbed)
+    assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` with the source tree as working folder."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_job_succeeds_and_shows_progress(cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path) -> None:
+    overrides = [
+        *(f"data.{name}={shards[name]}" for name in ("train", "target")),
+        f"data.held_out.test={shards['held_out']}",
+        *(f"storage={tmp_path}", "lm.preset=tiny", "train.steps=10", "train.global_batch=8", "train.micro_batch=4"),
+        *("bilevel.target_batch=8", "bilevel.every=2", "bilevel.warmup_steps=1", "tracking.wandb=off", "name=job"),
+    ]
+    done = submit(cluster, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 10/10" in done.stdout
+    assert "succeeded" in done.stdout
+    assert (tmp_path / "job" / "summary.json").is_file()
+
+
+def test_failing_configuration_fails_the_job(cluster: dict[str, str]) -> None:
+    failed = submit(cluster, "train.stepz=1")
+    assert failed.returncode != 0
+    assert "did you mean train.steps?" in failed.stdout
+    assert "failed" in failed.stdout.lower()
