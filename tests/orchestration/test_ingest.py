@@ -33,9 +33,9 @@ def test_streams_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world
     for rank in range(world):
         local = LocalSource(ShardReader(manifest), plan, rank, world).stream(first, stop)
         streamed = RayDataSource(str(manifest.folder), plan, rank, world, 2, 64).stream(first, stop)
-        count = 0
-        for count, (ours, theirs) in enumerate(zip(streamed, local, strict=True), start=1):
+        pairs = list(zip(streamed, local, strict=True))
+        assert len(pairs) == stop - first
+        for ours, theirs in pairs:
             np.testing.assert_array_equal(ours.sample_ids, theirs.sample_ids)
             np.testing.assert_array_equal(ours.domains, theirs.domains)
             np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
-        assert count == stop - first
