@@ -32,33 +32,17 @@ def _load(config: Path | None, overrides: list[str] | None) -> RunConfig:
 @app.command()
 def prepare(config: Config = None, overrides: Overrides = None) -> None:
     """Turn text into packed token shards (the prepare section says which)."""
-    from ray_dwm.errors import UserError
-    from ray_dwm.orchestration.cluster import connect
-    from ray_dwm.orchestration.prepare import prepare as run
-    from ray_dwm.orchestration.prepare import sets_to_prepare
+    from ray_dwm.orchestration.prepare import prepare_sets
 
-    run_config = _load(config, overrides)
-    sets = sets_to_prepare(run_config)
-    if not sets:
-        raise UserError("nothing to prepare: set prepare.train and data.train (files, and the folder for their shards)")
-    connect(run_config)
-    for key, files, output in sets:
-        manifest = run(key, files, output, run_config.prepare)
-        counts = ", ".join(f"{name} {stats.rows}" for name, stats in manifest.domains.items())
-        rejected = manifest.made_by["rejected_records"]
-        typer.echo(
-            f"{output}: {manifest.rows} sequences of {manifest.seq_len} tokens ({counts}), {rejected} records rejected"
-        )
+    prepare_sets(_load(config, overrides))
 
 
 @app.command()
 def train(config: Config = None, overrides: Overrides = None) -> None:
     """Train an LM, with learned weights unless dwm.enabled=false; the same command resumes."""
-    from ray_dwm.orchestration.train import require_job_storage
     from ray_dwm.orchestration.train import train as run
 
     run_config = _load(config, overrides)
-    require_job_storage(run_config)
     summary = run(run_config)
     for name, value in summary["final"].items():
         typer.echo(f"{name} {value:.4f}")

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from ray_dwm.analysis import figures
-from ray_dwm.analysis.preferences import phases
+from ray_dwm.analysis.preferences import Texts, phases
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import verdict
 from ray_dwm.config import to_yaml
@@ -65,6 +65,6 @@ def _dwm(run: Run) -> dict[str, Any]:
         "hypergradient": figures.hypergradient(run),
         "overhead": figures.overhead(run),
         "overhead_frac": run.summary["overhead_frac"],
-        "phases": phases(run.weights(), config.data.train, config.prepare.tokenizer),
+        "phases": phases(run.weights(), Texts(config.data.train, config.prepare.tokenizer)),
         "every": config.bilevel.every,
     }

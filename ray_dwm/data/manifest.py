@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,16 +112,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file as a hexadecimal string."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def verify(manifest: Manifest, threads: int = 4) -> None:
-    """Compare every file's checksum with the manifest's: about a minute for 60 GB.
-
-    Raises:
-        DataError: naming the first file that differs.
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        digests = pool.map(lambda file: file_sha256(manifest.folder / file.name), manifest.files)
-        for file, digest in zip(manifest.files, digests, strict=True):
-            if digest != file.sha256:
-                raise DataError(f"shard {manifest.folder / file.name} differs from its checksum: it is damaged, prepare anew")

@@ -6,6 +6,7 @@ for sets of which only some tokens count, `loss_mask: fixed_size_list<bool>[T]`.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -107,6 +108,26 @@ class ShardReader:
                 f"{self.manifest.seq_len}: prepare anew"
             )
         return batches, starts
+
+    def verify(self, threads: int = 4) -> None:
+        """Compare every file with the manifest: checksum, rows, columns. About a minute for 60 GB.
+
+        Raises:
+            DataError: naming the first file that differs.
+        """
+        files = self.manifest.files
+        with ThreadPoolExecutor(threads) as pool:
+            digests = pool.map(lambda file: file_sha256(self.manifest.folder / file.name), files)
+            for index, (file, digest) in enumerate(zip(files, digests, strict=True)):
+                if digest != file.sha256:
+                    path = self.manifest.folder / file.name
+                    raise DataError(f"shard {path} differs from its checksum: it is damaged, prepare anew")
+                self._open(index)
+
+    def sample_ids(self) -> NDArray[np.int64]:
+        """Ids of all rows in order, without touching the tokens."""
+        parts = [b.column("sample_id").to_numpy() for i in range(len(self.manifest.files)) for b in self._open(i)[0]]
+        return np.concatenate(parts)
 
     def take(self, rows: NDArray[np.int64]) -> Rows:
         """The given rows (numbered through the whole folder), in the given order."""

@@ -21,7 +21,7 @@ from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.models.dwm import DwmShape, build_dwm, dwm_shape
-from ray_dwm.models.lm import build_lm, lm_config
+from ray_dwm.models.lm import build_lm, lm_config, lm_shape
 
 
 def check_data(config: RunConfig) -> Manifest:
@@ -35,6 +35,7 @@ def check_data(config: RunConfig) -> Manifest:
     """
     if not config.data.train:
         raise ConfigError("data.train is empty: name a folder of token shards")
+    lm_shape(config.lm.preset)
     train = load_manifest(config.data.train)
     ReadPlan(rows_per_file=train.rows_per_file, global_batch=config.train.global_batch, seed=config.seed)
     if config.lm.seq_len > train.seq_len:

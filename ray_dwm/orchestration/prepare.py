@@ -19,6 +19,7 @@ from ray_dwm.data.packing import pack_file
 from ray_dwm.data.text import find_files
 from ray_dwm.data.tokenization import Tokenizer
 from ray_dwm.errors import DataError, DwmError, UserError
+from ray_dwm.orchestration.cluster import connect
 
 REJECTS = "rejects.jsonl"
 
@@ -34,17 +35,47 @@ def sets_to_prepare(config: RunConfig) -> list[tuple[str, str, str]]:
     return [(key, files, output) for key, files, output in sets if files and output]
 
 
+def prepare_sets(config: RunConfig, *, missing_only: bool = False) -> None:
+    """Prepare the sets whose text the configuration names, all checked before Ray is started.
+
+    Args:
+        missing_only: leave out the sets whose folder exists, instead of refusing them.
+    """
+    sets = sets_to_prepare(config)
+    if missing_only:
+        sets = [row for row in sets if not Path(row[2]).expanduser().exists()]
+    elif not sets:
+        raise UserError("nothing to prepare: set prepare.train and data.train (files, and the folder for their shards)")
+    for row in sets:
+        _check(*row, config.prepare)
+    if sets:
+        connect(config)
+    for row in sets:
+        manifest = prepare(*row, config.prepare)
+        counts = ", ".join(f"{name} {stats.rows}" for name, stats in manifest.domains.items())
+        rejected = manifest.made_by["rejected_records"]
+        print(
+            f"{row[2]}: {manifest.rows} sequences of {manifest.seq_len} tokens ({counts}), {rejected} records rejected",
+            flush=True,
+        )
+
+
+def _check(key: str, files: str, output: str | Path, config: PrepareConfig) -> tuple[list[Path], Tokenizer, Path]:
+    """(sources, tokenizer, folder) of a set that can be prepared."""
+    sources, tokenizer = find_files(files, key), Tokenizer(config.tokenizer)
+    folder = Path(output).expanduser().absolute()
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it to prepare it anew")
+    return sources, tokenizer, folder
+
+
 def prepare(key: str, files: str, output: str | Path, config: PrepareConfig) -> Manifest:
     """Tokenise and pack one set; the output folder appears whole or not at all. Ray must be connected.
 
     Raises:
         UserError: bad input, naming the file; nothing is left behind.
     """
-    sources = find_files(files, key)
-    tokenizer = Tokenizer(config.tokenizer)
-    folder = Path(output).expanduser().absolute()
-    if folder.exists():
-        raise UserError(f"{folder} exists already: remove it to prepare it anew")
+    sources, tokenizer, folder = _check(key, files, output, config)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,22 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_dwm.config import RunConfig, build, to_dict
-from ray_dwm.data.manifest import load_manifest, verify
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.export import export_dwm, export_lm
-from ray_dwm.engine.loop import Trainer, write_summary
+from ray_dwm.engine.loop import PHASES, Trainer, write_summary
 from ray_dwm.engine.mesh import init_mesh
+from ray_dwm.engine.metrics import read_metrics
 from ray_dwm.engine.rundir import claim, failure_path, raise_failure, read_summary, record_failure
 from ray_dwm.engine.setup import build as build_parts
 from ray_dwm.engine.setup import build_learner, check_data, evaluation_sets, read_plan
-from ray_dwm.errors import DwmError, ResourceError, TrainingError
+from ray_dwm.errors import DwmError, TrainingError
 from ray_dwm.orchestration.cluster import NAMESPACE, connect, preflight
 from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name, create_actor
 from ray_dwm.orchestration.ingest import RayDataSource
-from ray_dwm.orchestration.prepare import prepare, sets_to_prepare
+from ray_dwm.orchestration.prepare import prepare_sets
 from ray_dwm.orchestration.progress import Progress
 from ray_dwm.orchestration.tracking import sinks
-
-
-def prepare_missing(config: RunConfig) -> None:
-    """Make the token shards that the configuration knows how to make and that are not there yet."""
-    for key, files, output in sets_to_prepare(config):
-        if not Path(output).expanduser().exists():
-            connect(config)
-            manifest = prepare(key, files, output, config.prepare)
-            rejected = manifest.made_by["rejected_records"]
-            print(f"prepared {output}: {manifest.rows} sequences, {rejected} records rejected", flush=True)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -44,10 +37,11 @@ def train(config: RunConfig) -> dict[str, Any]:
         UserError: before anything was started.
         TrainingError: the run failed; the last checkpoint is intact.
     """
-    prepare_missing(config)
+    warn_of_temporary_storage(config)
+    prepare_sets(config, missing_only=True)
     manifest = check_data(config)
     for folder in (config.data.train, *evaluation_sets(config).values()):
-        verify(load_manifest(folder))
+        open_shards(folder).verify()
     config = _absolute(config)
     done = read_summary(config)
     claim(config)
@@ -142,14 +136,9 @@ def _run(config: RunConfig) -> None:
 
 
 def _summary(config: RunConfig, world: int) -> dict[str, Any]:
-    from ray_dwm.engine.metrics import read_metrics
-
     lines = read_metrics(config.run_dir / "metrics.jsonl")
     last = lines[-1]
-    totals = {
-        phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines)
-        for phase in ("data", "dwm_wait", "step", "bilevel")
-    }
+    totals = {phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines) for phase in PHASES}
     extra = totals["dwm_wait"] + totals["bilevel"]
     return {
         "name": config.name,
@@ -187,16 +176,11 @@ def _absolute(config: RunConfig) -> RunConfig:
     return resolved
 
 
-def require_job_storage(config: RunConfig) -> None:
-    """Refuse nothing, but say it: a job's working folder goes with the job."""
-    import os
-
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).is_absolute():
+def warn_of_temporary_storage(config: RunConfig) -> None:
+    """Say that a relative storage goes with a Ray job's temporary working folder."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.storage).expanduser().is_absolute():
         print(
             f"warning: storage={config.storage} is relative, and a Ray job's working folder is temporary: pass "
             "storage=/a/shared/folder to keep the run and to be able to resume it",
             flush=True,
         )
-
-
-__all__ = ["ResourceError", "prepare_missing", "require_job_storage", "train", "train_worker"]

@@ -1,0 +1,200 @@
+"""Wrong input at the console: exit code 2, one line that names the culprit, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from synthetic import make_shards, tiny_config
+
+from ray_dwm.cli import main
+from ray_dwm.config import to_yaml
+from ray_dwm.data.manifest import file_sha256
+
+
+def console(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Exit code of `ray-dwm <arguments>` in this process."""
+    monkeypatch.setattr(sys, "argv", ["ray-dwm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def own_shards(tmp_path: Path) -> dict[str, Path]:
+    """Sets that a test may spoil."""
+    root = tmp_path / "shards"
+    make_shards(root / "train", good=40, noise=40, seed=1)
+    make_shards(root / "target", good=24, noise=0, seed=2, files=1)
+    make_shards(root / "held_out", good=16, noise=0, seed=3, files=1)
+    return {path.name: path for path in root.iterdir()}
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.arrow"))[0]
+
+
+def truncate(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = first_shard(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_foreign_file(folder: Path) -> None:
+    """An Arrow file of other columns, to which the manifest was adapted."""
+    path = first_shard(folder)
+    table = pa.table({"a": [1, 2, 3]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    edit_manifest(folder, bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def edit_manifest(folder: Path, top: dict[str, object] | None = None, **first_file: object) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][0] |= first_file
+    path.write_text(json.dumps({**content, **(top or {})}))
+
+
+def empty_domain(folder: Path) -> None:
+    empty = {"rows": 0, "tokens": 0, "bytes_per_token": 1.0}
+    content = json.loads((folder / "manifest.json").read_text())
+    edit_manifest(folder, {"domains": {**content["domains"], "void": empty}})
+
+
+Spoil = Callable[[dict[str, Path]], None]
+SPOILED: list[tuple[str, Spoil, str]] = [
+    ("missing folder", lambda s: shutil.rmtree(s["train"]), "holds no manifest.json"),
+    ("missing shard", lambda s: first_shard(s["train"]).unlink(), "part-0.arrow is missing"),
+    ("truncated shard", lambda s: truncate(s["train"]), "part-0.arrow has"),
+    ("bit-flipped shard", lambda s: flip_a_bit(s["target"]), "part-0.arrow differs from its checksum"),
+    ("foreign shard", lambda s: replace_by_foreign_file(s["train"]), "part-0.arrow is no readable token shard"),
+    ("wrong rows", lambda s: edit_manifest(s["train"], rows=39), "part-0.arrow has 40 rows"),
+    ("wrong seq_len", lambda s: edit_manifest(s["train"], {"seq_len": 8}), "rows of 16 tokens"),
+    ("damaged manifest", lambda s: (s["train"] / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    ("tokenizer", lambda s: edit_manifest(s["target"], {"tokenizer_sha256": "f" * 64}), "another one"),
+    ("empty domain", lambda s: empty_domain(s["train"]), "domain void is empty"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), [row[1:] for row in SPOILED], ids=[row[0] for row in SPOILED])
+def test_spoiled_shards(
+    own_shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Spoil,
+    message: str,
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(tiny_config(own_shards, tmp_path / "runs")))
+    spoil(own_shards)
+    assert console(monkeypatch, "train", "--config", file) == 2
+    assert_one_line(capsys, message)
+    assert not (tmp_path / "runs").exists()
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=5", "did you mean train.steps?"),
+        ("trian.steps=5", "did you mean train?"),
+        ("train.steps=many", "train.steps is 'many': it must be of type int"),
+        ("dwm.enabled=perhaps", "dwm.enabled is 'perhaps': it must be true or false"),
+        ("bilevel.every=0", "bilevel.every is 0"),
+        ("train.lr=nan", "train.lr is 'nan': not finite"),
+        ("cluster.workers=3", "not divisible by cluster.workers = 3"),
+        ("train.micro_batch=3", "not divisible by train.micro_batch = 3"),
+        ("lm.preset=8b", "lm.preset is '8b'"),
+        ("lm.seq_len=32", "lm.seq_len is 32"),
+        ("bilevel.target_batch=32", "lower it or prepare a larger target set"),
+        ("data.target=", "data.target is empty"),
+        ("train.global_batch=128", "fewer than a global batch of 128"),
+        ("nonsense", "is not of the form key=value"),
+    ],
+)
+def test_wrong_configuration(
+    own_shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(tiny_config(own_shards, tmp_path / "runs")))
+    assert console(monkeypatch, "train", "--config", file, override) == 2
+    assert_one_line(capsys, message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_folder_of_another_configuration(
+    own_shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny_config(own_shards, tmp_path / "runs")
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config))
+    assert console(monkeypatch, "train", "--config", file, "train.lr=0.5") == 2
+    assert_one_line(capsys, "train.lr = 0.003, now it is 0.5")
+    assert (config.run_dir / "config.yaml").read_text() == to_yaml(config)
+
+
+def test_storage_that_cannot_be_written(
+    own_shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "runs").write_text("a file")
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(tiny_config(own_shards, tmp_path / "runs")))
+    assert console(monkeypatch, "train", "--config", file) == 2
+    assert_one_line(capsys, "choose another storage=")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["train"], "data.train is empty"),
+        (["prepare"], "nothing to prepare"),
+        (["prepare", "prepare.train=nowhere", "data.train=out"], "no text files there"),
+        (["evaluate", "nowhere", "nowhere"], "neither a finished run folder nor a Hugging Face folder"),
+        (["export", "nowhere", "out"], "no finished run folder"),
+        (["analyze", "nowhere"], "no finished run folder"),
+    ],
+)
+def test_wrong_arguments(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert console(monkeypatch, *arguments) == 2
+    assert_one_line(capsys, message)
+    assert list(tmp_path.iterdir()) == []
