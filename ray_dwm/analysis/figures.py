@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +46,13 @@ def _figure(width: float = 5.6, height: float = 3.2) -> Iterator[tuple[Figure, A
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
-        out.append(stream.getvalue()[stream.getvalue().index("<svg") :])
+        out.append(_own_ids(stream.getvalue()[stream.getvalue().index("<svg") :]))
+
+
+def _own_ids(svg: str) -> str:
+    """Several figures share a page: each keeps its ids, and the references to them, to itself."""
+    prefix = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
 
 
 def _colour(run: Run) -> str:

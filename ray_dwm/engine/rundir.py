@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from ray_dwm.errors import ConfigError, DwmError, TrainingError, UserError
 _FREE = ("storage", "cluster", "tracking", "prepare", "checkpoint")
 
 
-def claim(config: RunConfig) -> None:
-    """Create the run folder, or make sure that the existing one is of the same configuration.
+def check(config: RunConfig) -> None:
+    """Make sure that the run folder can be made, or is of the same configuration; writes nothing.
 
     Raises:
         ConfigError: naming the first key that differs.
+        UserError: the folder's place cannot be written.
     """
     path = config.run_dir / "config.yaml"
     if path.is_file():
@@ -29,14 +33,33 @@ def claim(config: RunConfig) -> None:
                     f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
                     "choose another name=..., or remove the folder"
                 )
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(config))
-    except OSError as error:
-        raise UserError(
-            f"run folder {config.run_dir} cannot be written ({error.strerror}): choose another storage=..."
-        ) from None
-    failure_path(config).unlink(missing_ok=True)
+    place = next(folder for folder in (config.run_dir, *config.run_dir.parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"run folder {config.run_dir} cannot be written: choose another storage=...")
+
+
+@contextmanager
+def claim(config: RunConfig) -> Iterator[None]:
+    """Create or take over the run folder, and keep a second process out of it for as long as the body runs.
+
+    Raises:
+        UserError: another process is training this run.
+    """
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with (config.run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run folder {config.run_dir} is in use by another process: wait for it, or choose another name=..."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        temporary = config.run_dir / "config.yaml.tmp"
+        temporary.write_text(to_yaml(config))
+        os.replace(temporary, config.run_dir / "config.yaml")
+        failure_path(config).unlink(missing_ok=True)
+        yield
 
 
 def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
+import socket
 import sys
 
 import ray
@@ -15,6 +18,7 @@ from ray_dwm.errors import ResourceError
 NAMESPACE = "ray_dwm"
 DRIVER_HEADROOM_CPUS = 1
 """Logical CPUs that Ray Data's read tasks and the controller may use beside workers and actor."""
+_PROBE_TIMEOUT_S = 10.0
 
 
 def connect(config: RunConfig) -> None:
@@ -34,16 +38,24 @@ def connect(config: RunConfig) -> None:
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
     try:
         if address:
+            _probe(address)
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
-            cpus = max(os.cpu_count() or 1, needed(config)["CPU"])
+            cpus = max(os.cpu_count() or 1, _cpus(config, dwm=True))  # `compare` trains with and without in turn
             ray.init(address="local", num_cpus=int(cpus), include_dashboard=False, runtime_env=environment, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster answers at {address or 'this machine'} ({str(error).splitlines()[0]}): start one with "
             "`ray start --head`, or unset RAY_ADDRESS to use this machine"
         ) from None
+
+
+def _probe(address: str) -> None:
+    """Ray itself asks an address that nobody listens at for minutes; one connection tells at once."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
+    if match:
+        socket.create_connection((match[1], int(match[2])), timeout=_PROBE_TIMEOUT_S).close()
 
 
 def quiet_ray_data() -> None:
@@ -55,9 +67,14 @@ def quiet_ray_data() -> None:
 def needed(config: RunConfig) -> dict[str, float]:
     """Logical resources that a run holds at the same time."""
     cluster, dwm = config.cluster, config.dwm.enabled
-    cpus = cluster.workers * cluster.cpus_per_worker + (cluster.dwm_cpus if dwm else 0) + DRIVER_HEADROOM_CPUS
     gpus = cluster.workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
-    return {"CPU": -(-cpus // 1), "GPU": gpus}
+    return {"CPU": _cpus(config, dwm), "GPU": gpus}
+
+
+def _cpus(config: RunConfig, dwm: bool) -> int:
+    cluster = config.cluster
+    cpus = cluster.workers * cluster.cpus_per_worker + (cluster.dwm_cpus if dwm else 0) + DRIVER_HEADROOM_CPUS
+    return math.ceil(cpus)
 
 
 def preflight(config: RunConfig) -> None:

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from ray_dwm.config import RunConfig
 from ray_dwm.engine.learner import DwmLearner, Feedback, State
 from ray_dwm.engine.mesh import all_sum, device
-from ray_dwm.errors import DwmError, TrainingError
+from ray_dwm.errors import DwmError, ResourceError, TrainingError
 from ray_dwm.orchestration.cluster import NAMESPACE
 
 FETCH_TIMEOUT_S = 600.0
 _TRY_S = 2.0
+_NAME_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +84,30 @@ def actor_name(config: RunConfig) -> str:
 
 
 def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
-    """Create the run's actor (before the worker group, so that its resources are taken first)."""
+    """Create the run's actor (before the worker group, so that its resources are taken first).
+
+    Raises:
+        ResourceError: another job of the cluster is training a run of this name.
+    """
     options = {
         "name": actor_name(config),
         "namespace": NAMESPACE,
-        "get_if_exists": True,
         "max_restarts": -1,
         "max_task_retries": -1,
         "num_cpus": config.cluster.dwm_cpus,
         "num_gpus": config.cluster.dwm_gpus,
     }
-    return ray.remote(DwmService).options(**options).remote(learner)
+    deadline = time.monotonic() + _NAME_TIMEOUT_S
+    while True:
+        try:
+            return ray.remote(DwmService).options(**options).remote(learner)
+        except ValueError:  # The name is taken. The actor of a killed driver goes within seconds: it must not be reused.
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"the cluster has an actor {actor_name(config)} already: another job trains a run of this name, "
+                    "wait for it or choose another name=..."
+                ) from None
+            time.sleep(0.5)
 
 
 class RemoteWeightService:

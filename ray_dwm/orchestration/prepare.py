@@ -102,7 +102,7 @@ def _pack_all(sources: Sequence[Path], output: Path, config: PrepareConfig) -> l
     }
     items = [{"number": number, "source": str(source)} for number, source in enumerate(sources)]
     packed = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _pack_one, fn_kwargs=options, compute=ray.data.TaskPoolStrategy(size=config.workers)
+        _pack_one, fn_kwargs=options, compute=ray.data.TaskPoolStrategy(size=min(config.workers, len(items)))
     )
     reports = sorted((json.loads(row["report"]) for row in packed.take_all()), key=lambda r: int(r["number"]))
     for report in reports:

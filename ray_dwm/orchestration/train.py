@@ -12,13 +12,13 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_dwm.config import RunConfig, build, to_dict
-from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.export import export_dwm, export_lm
 from ray_dwm.engine.loop import PHASES, Trainer, write_summary
 from ray_dwm.engine.mesh import init_mesh
 from ray_dwm.engine.metrics import read_metrics
-from ray_dwm.engine.rundir import claim, failure_path, raise_failure, read_summary, record_failure
+from ray_dwm.engine.rundir import check, claim, failure_path, raise_failure, read_summary, record_failure
 from ray_dwm.engine.setup import build as build_parts
 from ray_dwm.engine.setup import build_learner, check_data, evaluation_sets, read_plan
 from ray_dwm.errors import DwmError, TrainingError
@@ -43,14 +43,19 @@ def train(config: RunConfig) -> dict[str, Any]:
     for folder in (config.data.train, *evaluation_sets(config).values()):
         open_shards(folder).verify()
     config = _absolute(config)
+    check(config)
     done = read_summary(config)
-    claim(config)
     if done is not None:
         print(f"[{config.name}] is complete already: {config.run_dir}", flush=True)
         return done
     connect(config)
     preflight(config)
-    print(f"[{config.name}] run folder {config.run_dir}", flush=True)
+    with claim(config):
+        print(f"[{config.name}] run folder {config.run_dir}", flush=True)
+        return _fit(config, manifest)
+
+
+def _fit(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     actor = create_actor(config, build_learner(config, manifest)) if config.dwm.enabled else None
     try:
         with Progress(config):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import tiny_config
 from gloo import run
+from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.plan import target_rows

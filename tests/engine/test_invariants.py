@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic import tiny_config
 from gloo import run
+from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.shards import open_shards

@@ -1,0 +1,67 @@
+"""Run folders written by hand: ten steps, uniform against a DWM that is ahead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from synthetic import make_shards, tiny_config
+
+from ray_dwm.config import RunConfig, to_yaml
+from ray_dwm.engine.metrics import WeightsWriter
+
+STEPS, BATCH, TOKENS = 10, 8, 128
+
+
+def write_run(root: Path, name: str, *, dwm: bool, final: float) -> Path:
+    """A finished run whose target loss falls in a straight line from 4 to `final`."""
+    shards = {part: root / "shards" / part for part in ("train", "target", "held_out")}
+    if not shards["train"].exists():
+        make_shards(shards["train"], good=40, noise=40, seed=1)
+        for part in ("target", "held_out"):
+            make_shards(shards[part], good=16, noise=0, seed=2, files=1)
+    config = tiny_config(shards, root / "runs", f"name={name}", f"dwm.enabled={dwm}", f"train.steps={STEPS}")
+    folder = config.run_dir
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    lines = [_line(step, dwm, final) for step in range(STEPS + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "summary.json").write_text(json.dumps(_summary(config, lines, final)))
+    if dwm:
+        _write_weights(folder)
+    return folder
+
+
+def _line(step: int, dwm: bool, final: float) -> dict[str, float]:
+    loss = 4.0 + (final - 4.0) * step / STEPS
+    line = {"step": step, "tokens": step * TOKENS, "time_s": step * (1.1 if dwm else 1.0), "val/target/loss": loss}
+    line["val/test/loss"] = loss + 0.1
+    if step:
+        line |= {"loss": loss + 0.1, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": TOKENS}
+    if step and dwm:
+        line |= {"dwm/version": step // 2, "dwm/ess": 7.5, "dwm/entropy": 0.97, "dwm/hypergrad_norm": 0.1}
+        line |= {"weight/good": 1 + step / 20, "weight/noise": 1 - step / 20}
+    return line
+
+
+def _summary(config: RunConfig, lines: list[dict[str, float]], final: float) -> dict[str, object]:
+    return {
+        "name": config.name,
+        "steps": STEPS,
+        "tokens": lines[-1]["tokens"],
+        "workers": 2,
+        "train_seconds": lines[-1]["time_s"],
+        "overhead_frac": 0.1 if config.dwm.enabled else 0.0,
+        "seconds": {"data": 0.5, "dwm_wait": 0.1, "step": 9.0, "bilevel": 1.0},
+        "final": {"val/target/loss": final, "val/test/loss": final},
+    }
+
+
+def _write_weights(folder: Path) -> None:
+    """Sample i of a step has weight (2 i + 1) / BATCH."""
+    writer = WeightsWriter(folder / "weights", ["good", "noise"], 0)
+    for step in range(1, STEPS + 1):
+        ids = [1000 + (step * BATCH + i) % 80 for i in range(BATCH)]
+        weights = [(2 * i + 1) / BATCH for i in range(BATCH)]
+        writer.add(step, ids, [i % 2 for i in range(BATCH)], [2.0] * BATCH, [0.0] * BATCH, weights)
+    writer.flush(STEPS)

@@ -1,0 +1,86 @@
+"""The report is whole, opens offline and shows what the run folders hold."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_runs import STEPS, write_run
+
+from ray_dwm.analysis.preferences import Texts, phases
+from ray_dwm.analysis.report import write_report
+from ray_dwm.analysis.runs import open_run
+from ray_dwm.errors import UserError
+
+
+class Outline(HTMLParser):
+    """Headings of a page, and every address that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.fetched: list[str] = []
+        self._tag = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._tag = tag
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith("#")]
+
+    def handle_data(self, data: str) -> None:
+        if self._tag in ("h1", "h2", "h3") and data.strip():
+            self.headings.append(data.strip())
+        self._tag = ""
+
+
+def outline(path: Path) -> Outline:
+    parser = Outline()
+    parser.feed(path.read_text())
+    return parser
+
+
+def test_report_of_a_pair_of_runs(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "u", dwm=False, final=3.0), write_run(tmp_path, "d", dwm=True, final=2.0)]
+    write_report(folders, tmp_path / "report.html")
+    page = outline(tmp_path / "report.html")
+    assert page.fetched == []
+    for heading in ("Verdict", "Target set against tokens", "Target set against wall-clock", "Mean weight per domain"):
+        assert heading in page.headings
+    assert "Effective sample size and entropy" in page.headings
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<svg") == 8  # two sets by two axes, domains, ESS, hypergradient, overhead
+    assert len(re.findall(r'id="([^"]+)"', text)) == len(set(re.findall(r'id="([^"]+)"', text)))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_report_of_a_uniform_run_alone(tmp_path: Path) -> None:
+    write_report([write_run(tmp_path, "u", dwm=False, final=3.0)], tmp_path / "report.html")
+    headings = outline(tmp_path / "report.html").headings
+    assert "Verdict" not in headings and "What the DWM preferred" not in headings
+    assert "Loss" in headings
+
+
+def test_phases_hold_the_extremes_of_each_third(tmp_path: Path) -> None:
+    run = open_run(write_run(tmp_path, "d", dwm=True, final=2.0))
+    found = phases(run.weights(), Texts(run.config.data.train, ""), count=2)
+    assert [phase.name for phase in found] == ["early", "middle", "late"]
+    assert found[0].first_step == 1 and found[-1].last_step == STEPS
+    for phase in found:
+        # At most one of the two from a domain: the largest weights are 15/8 (noise) and 13/8 (good).
+        assert [(s.weight, s.domain) for s in phase.most] == [(15 / 8, "noise"), (13 / 8, "good")]
+        assert [(s.weight, s.domain) for s in phase.least] == [(1 / 8, "good"), (3 / 8, "noise")]
+
+
+def test_text_of_a_run_cannot_break_the_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "d", dwm=True, final=2.0)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("project: ray_dwm", 'project: "<script>alert(1)</script>"'))
+    write_report([folder], tmp_path / "report.html")
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_missing_output_folder_is_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "u", dwm=False, final=3.0)
+    with pytest.raises(UserError, match="create it or choose another --output"):
+        write_report([folder], tmp_path / "nowhere" / "report.html")

@@ -1,0 +1,87 @@
+"""What stops a run, and what it leaves behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gloo import run
+from synthetic import tiny_config
+
+from ray_dwm.config import RunConfig
+from ray_dwm.engine.checkpoint import list_checkpoints
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.metrics import read_metrics
+from ray_dwm.engine.setup import build
+from ray_dwm.errors import TrainingError
+
+
+def message_of(config: RunConfig) -> str:
+    """What a run that must fail says."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(TrainingError) as raised:
+        Trainer(build(config)).fit()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_diverging_run_stops_before_the_optimizer_moves(
+    shards: dict[str, Path], tmp_path: Path, world: int
+) -> None:
+    options = ["train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0", "checkpoint.every=1", "dwm.enabled=false"]
+    config = tiny_config(shards, tmp_path, *options, f"cluster.workers={world}")
+    message = run(world, tmp_path / "p", message_of, config)
+    assert "not finite at step" in message and "lower train.lr" in message
+    lines = read_metrics(config.run_dir / "metrics.jsonl")
+    last = list_checkpoints(config.run_dir / "checkpoints")[-1]
+    assert last.name == f"step_{int(lines[-1]['step']):09d}"
+
+
+def test_collapsed_weights_stop_the_run(shards: dict[str, Path], tmp_path: Path) -> None:
+    options = ["dwm.lr=1", "bilevel.kl=0", "bilevel.every=1", "train.steps=60", "dwm.min_ess_fraction=0.6"]
+    message = run(1, tmp_path / "p", message_of, tiny_config(shards, tmp_path, *options))
+    assert "the weights have collapsed at step" in message and "raise bilevel.kl" in message
+
+
+def fitted(config: RunConfig) -> list[dict[str, float]]:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    Trainer(build(config)).fit()
+    return read_metrics(config.run_dir / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("extra", [[], ["dwm.lm_features=true"], ["dwm.lm_features=true", "train.micro_batch=2"]])
+def test_the_dwm_finds_what_resembles_the_target(shards: dict[str, Path], tmp_path: Path, extra: list[str]) -> None:
+    options = ["train.steps=60", "bilevel.every=2", "dwm.lr=1e-2", "bilevel.kl=0.3"]
+    lines = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *options, *extra))
+    last = lines[-1]
+    assert last["weight/good"] > 1.3 > 0.7 > last["weight/noise"]
+    assert 0 < last["dwm/ess"] < 8
+    assert last["dwm/predicted_gain"] > 0
+    assert lines[0]["step"] == 0 and "loss" not in lines[0]
+
+
+def test_bf16_runs_and_learns(shards: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_config(shards, tmp_path, "train.precision=bf16", "train.steps=30")
+    lines = run(1, tmp_path / "p", fitted, config)
+    assert lines[-1]["val/target/loss"] < lines[0]["val/target/loss"] - 0.2
+
+
+def test_a_shorter_seq_len_cuts_every_sequence(shards: dict[str, Path], tmp_path: Path) -> None:
+    lines = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, "lm.seq_len=8"))
+    assert lines[-1]["tokens"] == 6 * 8 * 8
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_learning_rates_are_logged(shards: dict[str, Path], tmp_path: Path, schedule: str) -> None:
+    config = tiny_config(shards, tmp_path, f"train.schedule={schedule}", "train.decay_fraction=0.4")
+    rates = [line["lr"] for line in run(1, tmp_path / "p", fitted, config)[1:]]
+    assert rates[:2] == pytest.approx([1.5e-3, 3e-3])
+    assert (rates[-1] < 3e-3) == (schedule != "constant")
+
+
+def test_importing_the_engine_does_not_import_ray() -> None:
+    code = "import sys, ray_dwm.engine.setup, ray_dwm.evaluation.perplexity; print(*{'ray', 'wandb'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,64 @@
+"""Presets: parameter counts as stated, and a real step of the 370m one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from ray_dwm.core.losses import predicted_mask, sample_losses
+from ray_dwm.errors import ConfigError
+from ray_dwm.models.lm import PRESETS, build_lm, flops_per_token, lm_config, parameter_count
+
+# Multiplied out by hand from width, layers, MLP width and vocabulary (see the table in models/lm.py).
+STATED = {
+    ("quickstart", 8192): 1_229_664,
+    ("370m", 32_000): 373_867_520,
+    ("1.3b", 32_000): 1_345_423_360,
+}
+
+
+@pytest.mark.parametrize(("preset", "vocab"), STATED)
+def test_presets_have_the_stated_size(preset: str, vocab: int) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(lm_config(preset, vocab_size=vocab, seq_len=2048))
+    assert sum(p.numel() for p in model.parameters()) == STATED[preset, vocab]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_formula_counts_what_is_built(preset: str) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(lm_config(preset, vocab_size=777, seq_len=64))
+    assert parameter_count(preset, 777) == sum(p.numel() for p in model.parameters())
+
+
+def test_flops_of_the_370m_preset_by_hand() -> None:
+    """6 (373.9 M - 32.8 M of look-up) + 12 * 24 * 1024 * 2048 = 2.651 GFLOPs a token."""
+    assert flops_per_token("370m", 32_000, 2048) == 6 * (373_867_520 - 32_768_000) + 12 * 24 * 1024 * 2048
+
+
+def test_one_step_of_370m_on_the_cpu() -> None:
+    model = build_lm(lm_config("370m", vocab_size=32_000, seq_len=16), seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.randint(0, 32_000, (1, 16), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(2):
+        loss = sample_losses(model(input_ids=ids).logits, ids, predicted_mask(None, ids), 15.0).mean()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] == pytest.approx(10.37, abs=0.5)  # log(32000)
+    assert losses[1] < losses[0]
+
+
+def test_the_same_seed_gives_the_same_lm() -> None:
+    config = lm_config("tiny", vocab_size=64, seq_len=16)
+    left, right, other = (build_lm(config, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert not torch.equal(left["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must be one of tiny, quickstart, 370m, 1.3b"):
+        lm_config("70b", vocab_size=10, seq_len=4)

@@ -1,0 +1,120 @@
+"""The actor's inside without Ray, and the client's side against a real actor that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from synthetic import VOCAB, tiny_config
+
+from ray_dwm.config import BilevelConfig, DwmConfig, RunConfig
+from ray_dwm.engine.learner import DwmLearner, Feedback, State
+from ray_dwm.models.dwm import dwm_shape
+from ray_dwm.orchestration.dwm_actor import DwmService, RemoteWeightService, create_actor
+
+
+class InProcess(DwmService):
+    """Publishes without an object store."""
+
+    def _publish(self, state: State) -> State:
+        return state
+
+
+def learner() -> DwmLearner:
+    return DwmLearner(dwm_shape("xs", VOCAB), DwmConfig(), BilevelConfig(), seed=0)
+
+
+def feedback(version: int) -> Feedback:
+    generator = torch.Generator().manual_seed(version)
+    ids = torch.randint(VOCAB, (8, 16), generator=generator)
+    return Feedback(version, ids, torch.randn(8, generator=generator), None)
+
+
+def expected(version: int) -> State:
+    """The state that uninterrupted learning reaches."""
+    reference = learner()
+    for number in range(1, version + 1):
+        reference.update(feedback(number))
+    return reference.state()
+
+
+def assert_same(left: State, right: State) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_service_publishes_versions_in_order() -> None:
+    service = InProcess(learner())
+    service.restore(7, learner().state())
+    assert service.fetch(7, 1).state is None
+    for version in (1, 2):
+        service.update(7, feedback(version))
+    reply = service.fetch(7, 2).state
+    assert reply is not None
+    assert_same(reply[0], expected(2))
+
+
+@pytest.mark.parametrize(("life", "version"), [(6, 1), (7, 2), (7, 0)])
+def test_service_ignores_another_life_and_another_turn(life: int, version: int) -> None:
+    service = InProcess(learner())
+    service.restore(7, learner().state())
+    service.update(life, feedback(version))
+    assert service.fetch(7, 1).state is None
+    assert service.fetch(7, 2).state is None
+
+
+def test_service_without_a_life_asks_to_be_restored() -> None:
+    assert not InProcess(learner()).fetch(7, 0).known_life
+
+
+def test_rolling_back_makes_the_same_versions_again() -> None:
+    service = InProcess(learner())
+    service.restore(1, learner().state())
+    for version in (1, 2, 3):
+        service.update(1, feedback(version))
+    service.restore(2, expected(1))
+    for version in (2, 3):
+        service.update(2, feedback(version))
+    reply = service.fetch(2, 3).state
+    assert reply is not None
+    assert_same(reply[0], expected(3))
+
+
+@pytest.fixture
+def remote(cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path) -> Iterator[tuple[Any, RunConfig]]:
+    """A real actor and a process group of one."""
+    config = tiny_config(shards, tmp_path, f"name=actor-{tmp_path.name}")
+    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR", namespace="ray_dwm")
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    yield create_actor(config, learner()), config
+    dist.destroy_process_group()
+    ray.shutdown()
+
+
+def test_killed_actor_is_remade_from_the_last_state_and_the_feedback_since(remote: tuple[Any, RunConfig]) -> None:
+    actor, _ = remote
+    service = RemoteWeightService(actor)
+    service.restore(learner().state())
+    service.submit(feedback(1))
+    assert_same(service.fetch(1), expected(1))
+    pid = next(a["pid"] for a in _actors() if a["class_name"] == "DwmService")
+    service.submit(feedback(2))
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
+    service.submit(feedback(3))
+    assert_same(service.fetch(2), expected(2))
+    assert_same(service.fetch(3), expected(3))
+
+
+def _actors() -> list[dict[str, Any]]:
+    from ray.util.state import list_actors
+
+    return [actor.__dict__ for actor in list_actors(filters=[("state", "=", "ALIVE")])]

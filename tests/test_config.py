@@ -1,0 +1,70 @@
+"""Files, overrides and types of the configuration."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from ray_dwm.config import RunConfig, load, to_yaml
+from ray_dwm.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_defaults_need_no_file() -> None:
+    assert load() == RunConfig()
+
+
+def test_overrides_win_over_files_and_files_over_defaults(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("train:\n  steps: 7\n  lr: 1e-4\ndata:\n  held_out:\n    books: x\n")
+    second.write_text("train:\n  steps: 8\ndata:\n  held_out:\n    code: y\n")
+    config = load([first, second], ["train.steps=1_000", "dwm.enabled=off", "data.held_out.code=z"])
+    assert (config.train.steps, config.train.lr, config.dwm.enabled) == (1000, 1e-4, False)
+    assert config.data.held_out == {"books": "x", "code": "z"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
+    config = load([file])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load([copy]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  stps: 3\n", r"unknown configuration key train.stps: did you mean train.steps\?"),
+        ("train: 3\n", "train is a section"),
+        ("train:\n  steps: [1, 2]\n", "it must be a single value"),
+        ("train:\n  steps: 3.5\n", "it must be of type int"),
+        ("train:\n  precision: fp8\n", "one of fp32, bf16"),
+        ("- a\n- b\n", "must hold a mapping"),
+        ("train: {\n", "cannot be read"),
+        ("data:\n  held_out: x\n", "must be a mapping"),
+        ("dwm:\n  floor: 1.0\n", "must lie in"),
+        ("bilevel:\n  warmup_steps: 0\n", "hypergradient is noise"),
+        ("name: a/b\n", "plain folder name"),
+    ],
+)
+def test_wrong_files_are_refused_with_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load([file])
+    assert "\n" not in str(raised.value)
+
+
+def test_an_override_cannot_replace_a_section(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("train:\n  steps: 3\n")
+    with pytest.raises(ConfigError, match="command line: train is a section"):
+        load([file], ["train=3"])
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError("a line")))
+    assert (type(error), str(error), error.exit_code) == (ConfigError, "a line", 2)
