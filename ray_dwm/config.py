@@ -136,6 +136,9 @@ class DwmConfig:
     """Also look at every sample's current LM loss and entropy (costs a forward where micro-batches accumulate)."""
     lr: float = 3e-3
     weight_decay: float = 0.01
+    clip_norm: float = 0.1
+    """Clipping threshold of the hypergradient dJ/dphi, which has no unit; 0 switches clipping off. Small on purpose:
+    one batch of outliers must not undo what many taught."""
     temperature: float = 1.0
     floor: float = 0.0
     delay_steps: int = 1
@@ -145,6 +148,7 @@ class DwmConfig:
 
     def __post_init__(self) -> None:
         positive("dwm", self, "lr", "temperature")
+        require(self.clip_norm >= 0, f"dwm.clip_norm is {self.clip_norm}: it must not be negative")
         require(0 <= self.floor < 1, f"dwm.floor is {self.floor}: it must lie in [0, 1)")
         require(self.delay_steps >= 0, f"dwm.delay_steps is {self.delay_steps}: it must not be negative")
 

@@ -20,6 +20,7 @@ from ray_dwm.analysis.runs import Run
 
 UNIFORM, DWM, INK, GRID = "#8a8f98", "#2f6fde", "#30343b", "#e6e8ec"
 PALETTE = ["#2f6fde", "#e0672f", "#2a9d74", "#c23f6d", "#8759c9", "#b8860b", "#1d9bb0", "#7a5c3e", "#6b7280", "#5a8f29"]
+_PHASES = {"step": UNIFORM, "data": "#c4c8cf", "bilevel": DWM, "weigh": "#2a9d74", "dwm_wait": "#8759c9", "log": "#b8860b"}
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -124,14 +125,11 @@ def overhead(run: Run) -> str:
     seconds = run.summary["seconds"]
     with _figure(8.6, 1.5) as (_, axes, out):
         left, total = 0.0, sum(seconds.values())
-        colours = {"step": UNIFORM, "data": "#c4c8cf", "bilevel": DWM, "dwm_wait": "#8759c9"}
-        for name in ("step", "data", "bilevel", "dwm_wait"):
-            axes.barh(
-                [0], [seconds[name]], left=[left], color=colours[name], label=f"{name} {seconds[name] / total:.1%}"
-            )
+        for name, colour in _PHASES.items():
+            axes.barh([0], [seconds[name]], left=[left], color=colour, label=f"{name} {seconds[name] / total:.1%}")
             left += seconds[name]
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.set_xlabel("seconds")
-        axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(frameon=False, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return out[0]

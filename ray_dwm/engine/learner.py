@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +29,7 @@ It is at once what a version publishes, what a checkpoint keeps and what a resta
 """
 
 METRICS = ("hypergrad_norm", "kl", "update_ess", "alignment_scale", "predicted_gain")
-"""Figures of an update: |dJ/dphi|, KL of the weights in nats, their ESS in sequences, the alignments' running
+"""Figures of an update: |dJ/dphi| before clipping, KL of the weights in nats, their ESS in sequences, the alignments' running
 standard deviation in nats, and the expected fall of the target loss in nats that the batch's step brings."""
 
 
@@ -74,10 +75,10 @@ class DwmLearner:
             weights_B = weights_from_scores(scores_B, self._dwm.temperature, self._dwm.floor)
             self._optimizer.zero_grad()
             upper_objective(weights_B, alignments_B, self._bilevel.kl).backward()
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._dwm.clip_norm or math.inf)
             weights_B = weights_B.detach()
             self._metrics = [
-                float(torch.nn.utils.get_total_norm(grads)),
+                float(norm),
                 float(kl_to_uniform(weights_B)),
                 float(effective_sample_size(weights_B)),
                 self._running_variance**0.5,

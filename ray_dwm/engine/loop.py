@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,11 @@ from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.errors import TrainingError
 
-PHASES = ("data", "dwm_wait", "step", "bilevel")
+PHASES = ("data", "dwm_wait", "weigh", "step", "bilevel", "log")
+"""Phases of a step: wait for a batch, wait for a DWM version, the DWM's forward, the LM's step, the bi-level step, and
+the logging of the step before."""
+EXTRA = ("dwm_wait", "weigh", "bilevel")
+"""What plain training does not have."""
 
 
 @dataclass
@@ -46,6 +50,11 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count seconds of one phase as another's."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
 
     def take(self) -> dict[str, float]:
         """The step's seconds; starts anew."""
@@ -107,7 +116,8 @@ class Trainer:
                     cursor = Cursor(cursor.batches + 1)
                 result = self._train_step(step, batch)
                 step += 1
-                figures = self._figures(step, batch, result)
+                with self._clock.phase("log"):
+                    figures = self._figures(step, batch, result)
                 if step % config.train.eval_every == 0 or step == config.train.steps:
                     figures |= self._evaluate()
                 figures = self._log(figures)
@@ -136,6 +146,7 @@ class Trainer:
             theta = self._bilevel.snapshot() if due else []
         with self._clock.phase("step"):
             result = self._lower.step(step, batch, self._weigher)
+        self._clock.move("step", "weigh", self._weigher.seconds)
         with self._clock.phase("bilevel"):
             if due:
                 target = self._target_batch(self._schedule.updates_before(step))
@@ -190,14 +201,15 @@ class Trainer:
         relative = (weights_B * size).tolist()
         if self._main and step % self._config.tracking.weights_every == 0:
             self._weights_log.add(step, ids, codes, losses_B.tolist(), result.scores_B.tolist(), relative)
-        extra = seconds["bilevel"] + seconds["dwm_wait"]
         figures = {
             "dwm/version": self._weigher.version,
             "dwm/ess": ess,
             "dwm/entropy": float(normalised_entropy(weights_B)),
             **{f"dwm/{name}": value for name, value in self._weigher.metrics.items()},
-            "dwm/overhead_frac": extra / max(seconds["data"] + seconds["step"], 1e-9),
+            "dwm/overhead_frac": overhead(seconds),
         }
+        if self._bilevel is not None and self._schedule is not None and self._schedule.is_bilevel(step - 1):
+            figures |= {f"bilevel_seconds/{name}": value for name, value in self._bilevel.seconds.items()}
         for code, name in enumerate(self._parts.domains):
             of_domain = [w for w, c in zip(relative, codes, strict=True) if c == code]
             if of_domain:
@@ -236,9 +248,16 @@ class Trainer:
         if self._main:
             self._time_s += sum(value for key, value in figures.items() if key.startswith("seconds/"))
             figures = {**figures, "time_s": self._time_s}
-            for sink in self._sinks:
-                sink.log(figures)
+            with self._clock.phase("log"):
+                for sink in self._sinks:
+                    sink.log(figures)
         return figures
+
+
+def overhead(seconds: Mapping[str, float]) -> float:
+    """Time of what plain training does not have over the time of the rest."""
+    extra = sum(seconds[name] for name in EXTRA)
+    return extra / max(sum(seconds[name] for name in PHASES) - extra, 1e-9)
 
 
 def write_summary(path: Path, summary: dict[str, object]) -> None:

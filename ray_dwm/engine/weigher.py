@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ class Weigher:
         self._model = model.to(device).eval()
         # State of every version from the applied one to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
+        self.seconds = 0.0
+        """Duration of the last `weigh`."""
         service.restore(start)
 
     @property
@@ -81,10 +85,13 @@ class Weigher:
     @torch.no_grad()
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """(scores, weights) of the global batch, both (B,), from this rank's sequences (b, T)."""
+        start = time.perf_counter()
         embeddings_BD = all_gather_rows(self._model.encode(input_ids_bT))
         statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)
         scores_B = self._model.scores(embeddings_BD, statistics_BS)
-        return scores_B, weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
+        weights_B = weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
+        self.seconds = time.perf_counter() - start
+        return scores_B, weights_B
 
     def submit(self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None) -> None:
         """Send the feedback of a bi-level step upwards."""

@@ -15,7 +15,7 @@ from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.export import export_dwm, export_lm
-from ray_dwm.engine.loop import PHASES, Trainer, write_summary
+from ray_dwm.engine.loop import PHASES, Trainer, overhead, write_summary
 from ray_dwm.engine.mesh import init_mesh
 from ray_dwm.engine.metrics import read_metrics
 from ray_dwm.engine.rundir import check, claim, failure_path, raise_failure, read_summary, record_failure
@@ -144,7 +144,6 @@ def _summary(config: RunConfig, world: int) -> dict[str, Any]:
     lines = read_metrics(config.run_dir / "metrics.jsonl")
     last = lines[-1]
     totals = {phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines) for phase in PHASES}
-    extra = totals["dwm_wait"] + totals["bilevel"]
     return {
         "name": config.name,
         "weighting": "dwm" if config.dwm.enabled else "uniform",
@@ -153,7 +152,7 @@ def _summary(config: RunConfig, world: int) -> dict[str, Any]:
         "workers": world,
         "train_seconds": last["time_s"],
         "tokens_per_s": last["tokens"] / last["time_s"],
-        "overhead_frac": extra / (totals["data"] + totals["step"]),
+        "overhead_frac": overhead(totals),
         "seconds": totals,
         "final": {key: value for key, value in last.items() if key.startswith("val/")},
     }

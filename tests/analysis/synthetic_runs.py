@@ -52,7 +52,7 @@ def _summary(config: RunConfig, lines: list[dict[str, float]], final: float) -> 
         "workers": 2,
         "train_seconds": lines[-1]["time_s"],
         "overhead_frac": 0.1 if config.dwm.enabled else 0.0,
-        "seconds": {"data": 0.5, "dwm_wait": 0.1, "step": 9.0, "bilevel": 1.0},
+        "seconds": {"data": 0.5, "dwm_wait": 0.1, "weigh": 0.2, "step": 9.0, "bilevel": 0.7, "log": 0.1},
         "final": {"val/target/loss": final, "val/test/loss": final},
     }
 

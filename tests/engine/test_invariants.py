@@ -18,7 +18,7 @@ from ray_dwm.engine.metrics import read_metrics
 from ray_dwm.engine.setup import build, check_data, read_plan
 from ray_dwm.models.lm import build_lm, lm_config
 
-TIMES = ("seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
+TIMES = ("seconds/", "bilevel_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
 
 
 def train(config: RunConfig, stop_at: int = 0) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""What the benchmarks share: synthetic shards, gloo or NCCL ranks, timed loops, result files. Needs no Ray."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ray_dwm.config import RunConfig, load, to_dict
+from ray_dwm.data.manifest import DomainStats, Manifest
+from ray_dwm.data.shards import Rows, write_shard
+from ray_dwm.engine.batch import BatchSource
+from ray_dwm.engine.mesh import device, init_mesh
+
+RESULTS = Path(__file__).parent / "results"
+WARM_STEPS = 2
+
+
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Options that every benchmark takes."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--preset", default="quickstart")
+    p.add_argument("--vocab", type=int, default=8192)
+    p.add_argument("--seq-len", type=int, default=128)
+    p.add_argument("--global-batch", type=int, default=64)
+    p.add_argument("--micro-batch", type=int, default=32)
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    p.add_argument("--workers", type=int, default=2, help="gloo ranks; with CUDA always 1")
+    p.add_argument("--steps", type=int, default=12, help="LM steps that are timed in one turn")
+    p.add_argument("--rounds", type=int, default=7, help="turns of each contender, interleaved")
+    p.add_argument("--output", type=Path, default=RESULTS)
+    p.set_defaults(**defaults)
+    return p
+
+
+def make_shards(folder: Path, rows: int, vocab: int, seq_len: int) -> None:
+    """Random tokens of one domain: their values do not change how long a step takes."""
+    folder.mkdir(parents=True)
+    ids = np.random.default_rng(0).integers(0, vocab, size=(rows, seq_len))
+    file = write_shard(
+        folder / "part.arrow", sample_ids=np.arange(rows), domains=["random"] * rows, input_ids=ids, vocab_size=vocab
+    )
+    Manifest(
+        folder=folder,
+        seq_len=seq_len,
+        vocab_size=vocab,
+        eos_token_id=0,
+        tokenizer_name="none",
+        tokenizer_sha256="0" * 64,
+        files=(file,),
+        domains={"random": DomainStats(rows=rows, tokens=rows * seq_len, bytes_per_token=1.0)},
+        made_by={},
+    ).write()
+
+
+def run_config(args: argparse.Namespace, folder: Path, *overrides: str) -> RunConfig:
+    """A run over the synthetic shards, without evaluation during training."""
+    workers = 1 if torch.cuda.is_available() else args.workers
+    return load(
+        [],
+        [
+            f"storage={folder / 'runs'}",
+            f"data.train={folder / 'train'}",
+            f"lm.preset={args.preset}",
+            f"train.steps={args.steps + WARM_STEPS + 1}",
+            f"train.global_batch={args.global_batch}",
+            f"train.micro_batch={args.micro_batch}",
+            f"train.precision={args.precision}",
+            f"train.eval_every={10**9}",
+            f"checkpoint.every={10**9}",
+            f"cluster.workers={workers}",
+            "tracking.wandb=off",
+            *overrides,
+        ],
+    )
+
+
+class TimedSource:
+    """Passes batches on, and times the loop from the delivery of one to the delivery of a later one."""
+
+    def __init__(self, source: BatchSource, steps: int) -> None:
+        self._source, self._steps = source, steps
+        self.seconds = 0.0
+        """Duration of `steps` whole steps after the warm ones."""
+
+    def stream(self, first_batch: int, stop_batch: int) -> Iterator[Rows]:
+        """See BatchSource."""
+        start = 0.0
+        for index, rows in enumerate(self._source.stream(first_batch, stop_batch)):
+            if index == WARM_STEPS:
+                start = now()
+            elif index == WARM_STEPS + self._steps:
+                self.seconds = now() - start
+            yield rows
+
+
+def now() -> float:
+    """The clock, once the device has done what it was given."""
+    synchronize()
+    return time.perf_counter()
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run_ranks(function: Callable[..., Any], workers: int, *arguments: Any) -> Any:
+    """Rank 0's result of `function`, run by gloo ranks on the CPU or by this process on its GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        if torch.cuda.is_available():
+            _rank(0, 1, folder, function, arguments)
+        else:
+            mp.spawn(_rank, (workers, folder, function, arguments), nprocs=workers)
+        return json.loads(out.read_text())
+
+
+def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    if device().type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        store = dist.FileStore(f"{folder}/store", world)
+        dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
+    init_mesh()
+    result = function(*arguments)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def write_result(name: str, args: argparse.Namespace, config: RunConfig, result: dict[str, Any]) -> Path:
+    """One JSON file with the figures, the configuration and the versions."""
+    versions = {p: version(p) for p in ("ray-dwm", "torch", "transformers", "pyarrow", "numpy")}
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    options = {key: value for key, value in vars(args).items() if key != "output"}
+    sections = {k: v for k, v in to_dict(config).items() if k in ("lm", "train", "dwm", "bilevel")}
+    content = {"benchmark": name, "device": where, "python": platform.python_version(), "versions": versions}
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = Path(args.output) / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}-{args.preset}.json"
+    path.write_text(json.dumps({**content, "options": options, "result": result, "config": sections}, indent=2) + "\n")
+    return path
