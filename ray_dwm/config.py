@@ -113,7 +113,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: int = 100
     eval_sequences: int = 256
-    """Sequences of each evaluation set used for the curves; the final evaluation uses all."""
+    """Sequences of each evaluation set used for the curves; summary.json has the loss over all."""
     log_every: int = 10
 
     def __post_init__(self) -> None:

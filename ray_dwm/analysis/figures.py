@@ -20,7 +20,14 @@ from ray_dwm.analysis.runs import Run
 
 UNIFORM, DWM, INK, GRID = "#8a8f98", "#2f6fde", "#30343b", "#e6e8ec"
 PALETTE = ["#2f6fde", "#e0672f", "#2a9d74", "#c23f6d", "#8759c9", "#b8860b", "#1d9bb0", "#7a5c3e", "#6b7280", "#5a8f29"]
-_PHASES = {"step": UNIFORM, "data": "#c4c8cf", "bilevel": DWM, "weigh": "#2a9d74", "dwm_wait": "#8759c9", "log": "#b8860b"}
+_PHASES = {
+    "step": UNIFORM,
+    "data": "#c4c8cf",
+    "bilevel": DWM,
+    "weigh": "#2a9d74",
+    "dwm_wait": "#8759c9",
+    "log": "#b8860b",
+}
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import ShardReader
-from ray_dwm.data.tokenization import Tokenizer
+from ray_dwm.data.tokenization import FOLDER, Tokenizer
 
 _TEXT_CHARACTERS = 280
 PHASES = ("early", "middle", "late")
@@ -40,14 +40,15 @@ class Phase:
 class Texts:
     """Looks up the beginning of a sequence's text by its sample id."""
 
-    def __init__(self, shards: str, tokenizer: str) -> None:
+    def __init__(self, shards: str) -> None:
         self._reader = ShardReader(load_manifest(shards))
         self._ids = self._reader.sample_ids()
-        self._tokenizer = Tokenizer(tokenizer) if tokenizer else None
+        folder = self._reader.manifest.folder / FOLDER
+        self._tokenizer = Tokenizer(folder) if folder.is_dir() else None
 
     def __getitem__(self, sample_id: int) -> str:
         if self._tokenizer is None:
-            return ""
+            return "(the shards hold no tokenizer)"
         rows = self._reader.take(np.flatnonzero(self._ids == sample_id)[:1])
         return " ".join(self._tokenizer.decode(rows.input_ids[0].tolist()).split())[:_TEXT_CHARACTERS]
 

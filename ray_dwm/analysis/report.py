@@ -65,6 +65,6 @@ def _dwm(run: Run) -> dict[str, Any]:
         "hypergradient": figures.hypergradient(run),
         "overhead": figures.overhead(run),
         "overhead_frac": run.summary["overhead_frac"],
-        "phases": phases(run.weights(), Texts(config.data.train, config.prepare.tokenizer)),
+        "phases": phases(run.weights(), Texts(config.data.train)),
         "every": config.bilevel.every,
     }

@@ -38,7 +38,7 @@ def verdict(uniform: Run, dwm: Run) -> list[Row]:
         name = key.removeprefix("val/").removesuffix("/loss")
         label = "target loss" if name == "target" else f"held-out loss ({name})"
         rows.append(Row(label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", _better(a, b)))
-    level = uniform.summary["final"]["val/target/loss"]
+    level = uniform.series("val/target/loss")[1][-1]  # of the same sequences as the DWM run's curve
     reached = tokens_to_reach(dwm, "val/target/loss", level)
     total = uniform.summary["tokens"]
     rows.append(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.errors import DataError
+
+
+FOLDER = "tokenizer"
+"""Where a folder of shards keeps a copy of its tokenizer, so that texts and exported LMs need nothing else."""
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what makes up a tokenizer folder, where there is one."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
 
 
 class Tokenizer:

@@ -1,6 +1,8 @@
-"""Loss on fixed sequences of a set, with the sharded LM, during training."""
+"""Loss on fixed sequences of a set, with the sharded LM, during training and at its end."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import torch
@@ -14,11 +16,16 @@ from ray_dwm.engine.mesh import all_sum
 
 
 def fixed_share(reader: ShardReader, sequences: int, seq_len: int, device: torch.device) -> Batch:
-    """This rank's part of `sequences` rows spread evenly over a set; every rank gets the same number."""
-    world = dist.get_world_size()
-    count = min(sequences, reader.manifest.rows) // world
-    rows = np.linspace(0, reader.manifest.rows - 1, num=max(1, count) * world).astype(np.int64)
-    return to_batch(reader.take(rows[dist.get_rank() :: world]), seq_len, device)
+    """This rank's part of `sequences` rows spread evenly over a set, or of all where it has fewer.
+
+    Every rank gets the same number, so that collectives match: what one lacks is a repeated row that does not count.
+    """
+    rank, world, count = dist.get_rank(), dist.get_world_size(), min(sequences, reader.manifest.rows)
+    rows = np.linspace(0, reader.manifest.rows - 1, num=count).astype(np.int64)
+    padded = np.pad(rows, (0, -count % world), mode="edge")
+    batch = to_batch(reader.take(padded[rank::world]), seq_len, device)
+    counted = torch.arange(rank, len(padded), world, device=device) < count
+    return dataclasses.replace(batch, mask=batch.mask & counted[:, None])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import Manifest
+from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.engine.loop import Parts
 from ray_dwm.models.hf import save_dwm, save_lm
 
@@ -31,8 +32,8 @@ def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
     )
 
 
-def export_lm(parts: Parts) -> None:
-    """Gather the LM and write it to hf/; all ranks take part, rank 0 writes."""
+def export_lm(parts: Parts, train: Manifest) -> None:
+    """Gather the LM and write it to hf/ with its tokenizer; all ranks take part, rank 0 writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(parts.lower.model, options=options)
     if dist.get_rank() == 0:
@@ -48,4 +49,5 @@ def export_lm(parts: Parts) -> None:
             steps=steps,
             weighting="DWM" if parts.weigher else "uniform",
         )
+        copy_tokenizer(train.folder / FOLDER, config.run_dir / "hf")
     dist.barrier()

@@ -29,8 +29,8 @@ It is at once what a version publishes, what a checkpoint keeps and what a resta
 """
 
 METRICS = ("hypergrad_norm", "kl", "update_ess", "alignment_scale", "predicted_gain")
-"""Figures of an update: |dJ/dphi| before clipping, KL of the weights in nats, their ESS in sequences, the alignments' running
-standard deviation in nats, and the expected fall of the target loss in nats that the batch's step brings."""
+"""Figures of an update: |dJ/dphi| before clipping, KL of the weights in nats, their ESS in sequences, the alignments'
+running standard deviation in nats, and the expected fall of the target loss in nats that the batch's step brings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,18 @@ class Trainer:
             for name, batch in self._evaluation.items()
         }
 
+    def evaluate_all(self) -> dict[str, float]:
+        """Losses over whole evaluation sets; collective."""
+        c, parts = self._config, self._parts
+        return {
+            f"val/{name}/loss": mean_loss(
+                self._lower.model,
+                fixed_share(reader, reader.manifest.rows, parts.seq_len, parts.device),
+                c.train.micro_batch,
+            )
+            for name, reader in parts.evaluation.items()
+        }
+
     def _figures(self, step: int, batch: Batch, result: StepResult) -> dict[str, float]:
         """A step's line of metrics.jsonl."""
         seconds = self._clock.take()

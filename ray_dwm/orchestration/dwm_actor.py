@@ -101,7 +101,9 @@ def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
     while True:
         try:
             return ray.remote(DwmService).options(**options).remote(learner)
-        except ValueError:  # The name is taken. The actor of a killed driver goes within seconds: it must not be reused.
+        except (
+            ValueError
+        ):  # The name is taken. The actor of a killed driver goes within seconds: it must not be reused.
             if time.monotonic() > deadline:
                 raise ResourceError(
                     f"the cluster has an actor {actor_name(config)} already: another job trains a run of this name, "

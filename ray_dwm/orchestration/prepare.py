@@ -17,7 +17,7 @@ from ray_dwm.config import PrepareConfig, RunConfig
 from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile, load_manifest
 from ray_dwm.data.packing import pack_file
 from ray_dwm.data.text import find_files
-from ray_dwm.data.tokenization import Tokenizer
+from ray_dwm.data.tokenization import FOLDER, Tokenizer, copy_tokenizer
 from ray_dwm.errors import DataError, DwmError, UserError
 from ray_dwm.orchestration.cluster import connect
 
@@ -83,6 +83,7 @@ def prepare(key: str, files: str, output: str | Path, config: PrepareConfig) -> 
         reports = _pack_all(sources, temporary, config)
         manifest = _manifest(reports, temporary, tokenizer, config, sources)
         manifest.write()
+        copy_tokenizer(Path(config.tokenizer).expanduser(), temporary / FOLDER)
         _write_rejects(reports, temporary)
         os.replace(temporary, folder)
     except BaseException:
@@ -121,7 +122,7 @@ def _pack_one(row: dict[str, Any], tokenizer: str, output: str, **options: Any) 
     try:
         report = pack_file(Path(row["source"]), int(row["number"]), Path(output), _tokenizer(tokenizer), **options)
         content = {"number": int(row["number"]), **report.to_dict()}
-    except DwmError as error:
+    except (DwmError, OSError) as error:
         content = {"number": int(row["number"]), "error": str(error)}
     return {"report": json.dumps(content)}
 

@@ -134,13 +134,15 @@ def _run(config: RunConfig) -> None:
         sinks=sinks(config) if rank == 0 else [],
         on_checkpoint=on_checkpoint,
     )
-    Trainer(parts).fit()
-    export_lm(parts)
+    trainer = Trainer(parts)
+    trainer.fit()
+    final = trainer.evaluate_all()
+    export_lm(parts, train_set)
     if rank == 0:
-        write_summary(config.run_dir / "summary.json", _summary(config, world))
+        write_summary(config.run_dir / "summary.json", _summary(config, world, final))
 
 
-def _summary(config: RunConfig, world: int) -> dict[str, Any]:
+def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str, Any]:
     lines = read_metrics(config.run_dir / "metrics.jsonl")
     last = lines[-1]
     totals = {phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines) for phase in PHASES}
@@ -154,7 +156,7 @@ def _summary(config: RunConfig, world: int) -> dict[str, Any]:
         "tokens_per_s": last["tokens"] / last["time_s"],
         "overhead_frac": overhead(totals),
         "seconds": totals,
-        "final": {key: value for key, value in last.items() if key.startswith("val/")},
+        "final": final,
     }
 
 

@@ -63,7 +63,7 @@ def test_report_of_a_uniform_run_alone(tmp_path: Path) -> None:
 
 def test_phases_hold_the_extremes_of_each_third(tmp_path: Path) -> None:
     run = open_run(write_run(tmp_path, "d", dwm=True, final=2.0))
-    found = phases(run.weights(), Texts(run.config.data.train, ""), count=2)
+    found = phases(run.weights(), Texts(run.config.data.train), count=2)
     assert [phase.name for phase in found] == ["early", "middle", "late"]
     assert found[0].first_step == 1 and found[-1].last_step == STEPS
     for phase in found:

@@ -67,7 +67,7 @@ def test_a_bad_record_is_named_and_the_next_is_read(tmp_path: Path, line: bytes,
 
 
 def test_text_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "x.txt").write_bytes(b"\xff\xe9")
     (reject,) = read_documents(tmp_path / "x.txt", "domain")
     assert isinstance(reject, Reject) and reject.reason == "not UTF-8"
 

@@ -27,9 +27,7 @@ def message_of(config: RunConfig) -> str:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_diverging_run_stops_before_the_optimizer_moves(
-    shards: dict[str, Path], tmp_path: Path, world: int
-) -> None:
+def test_a_diverging_run_stops_before_the_optimizer_moves(shards: dict[str, Path], tmp_path: Path, world: int) -> None:
     options = ["train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0", "checkpoint.every=1", "dwm.enabled=false"]
     config = tiny_config(shards, tmp_path, *options, f"cluster.workers={world}")
     message = run(world, tmp_path / "p", message_of, config)
@@ -82,6 +80,8 @@ def test_learning_rates_are_logged(shards: dict[str, Path], tmp_path: Path, sche
 
 
 def test_importing_the_engine_does_not_import_ray() -> None:
-    code = "import sys, ray_dwm.engine.setup, ray_dwm.evaluation.perplexity; print(*{'ray', 'wandb'} & set(sys.modules))"
+    code = (
+        "import sys, ray_dwm.engine.setup, ray_dwm.evaluation.perplexity; print(*{'ray', 'wandb'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

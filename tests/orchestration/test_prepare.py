@@ -10,6 +10,8 @@ import pytest
 import ray
 
 from ray_dwm.config import PrepareConfig
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.tokenization import Tokenizer
 from ray_dwm.errors import DwmError
 from ray_dwm.orchestration.prepare import prepare
 
@@ -46,7 +48,8 @@ def test_output_does_not_depend_on_workers(tmp_path: Path) -> None:
         prepare("prepare.train", str(text), folder, settings(workers=workers))
     names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert names[0] == names[1]
-    for name in names[0]:
+    assert Tokenizer(folders[0] / "tokenizer").sha256 == load_manifest(folders[0]).tokenizer_sha256
+    for name in set(names[0]) - {"tokenizer"}:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     rejects = [json.loads(line) for line in (folders[0] / "rejects.jsonl").read_text().splitlines()]
     assert [(r["file"], r["record"]) for r in rejects] == [(f"{i}.jsonl", n) for i in range(4) for n in (3, 4)]

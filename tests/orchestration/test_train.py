@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -50,6 +51,7 @@ def test_run_folder_holds_what_users_rely_on(undisturbed: RunConfig) -> None:
     weights = pq.read_table(folder / "weights")
     assert len(weights) == 60 * 8
     AutoModelForCausalLM.from_pretrained(folder / "hf")
+    assert json.loads((folder / "summary.json").read_text())["final"].keys() == {"val/target/loss", "val/test/loss"}
     _, content = load_dwm(sorted((folder / "dwm").iterdir())[-1], "0" * 64)
     assert content["learnt_on"]["step"] == 60
     assert len(list((folder / "checkpoints").iterdir())) == 2
@@ -60,6 +62,19 @@ def test_the_same_command_again_does_nothing(undisturbed: RunConfig, console: Co
     before = (undisturbed.run_dir / "metrics.jsonl").read_bytes()
     assert "complete already" in console.finish(undisturbed, console.start(undisturbed))
     assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
+    shards: dict[str, Path], console: Console, tmp_path: Path
+) -> None:
+    options = ("train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0", "dwm.enabled=false", "checkpoint.every=1")
+    config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=diverges")
+    last = console.finish(config, console.start(config), code=1).splitlines()[-1]
+    assert last.startswith("error: the gradient is not finite at step")
+    assert "lower train.lr" in last
+    steps = [line["step"] for line in figures(config)]
+    assert f"step_{steps[-1]:09d}" in [path.name for path in (config.run_dir / "checkpoints").iterdir()]
+    assert not (config.run_dir / "summary.json").exists()
 
 
 def processes(title: str) -> list[psutil.Process]:

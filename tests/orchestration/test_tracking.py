@@ -1,0 +1,70 @@
+"""W&B on request only, and the progress line."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import tiny_config
+
+from ray_dwm.config import to_yaml
+from ray_dwm.orchestration.progress import Progress
+from ray_dwm.orchestration.tracking import sinks
+
+CODE = """
+import sys
+import ray_dwm.orchestration.train
+from ray_dwm.config import load
+from ray_dwm.orchestration.tracking import sinks
+print(len(sinks(load([sys.argv[1]]))), "wandb" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("off", "0 False"), ("offline", "1 True")])
+def test_wandb_is_imported_only_where_it_is_wanted(
+    shards: dict[str, Path], tmp_path: Path, mode: str, expected: str
+) -> None:
+    config = tiny_config(shards, tmp_path, f"tracking.wandb={mode}")
+    config.run_dir.mkdir()
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-c", CODE, str(tmp_path / "c.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == expected
+
+
+def test_auto_is_offline_without_a_key_and_a_restart_keeps_the_run(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = tiny_config(shards, tmp_path, "tracking.wandb=auto")
+    config.run_dir.mkdir()
+    for _ in range(2):
+        (sink,) = sinks(config)
+        sink.log({"step": 1, "tokens": 128, "loss": 3.0})
+        sink.close(0)
+    files = list((config.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len({file.stem for file in files}) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({}, "[run] step 3/6  loss 2.500  100 tokens/s  ETA 0:06"),
+        ({"dwm/ess": 4.0, "dwm/version": 1}, "[run] step 3/6  loss 2.500  100 tokens/s  ETA 0:06  ESS 50%  DWM v1"),
+    ],
+)
+def test_plain_line_where_there_is_no_terminal(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: dict[str, float], expected: str
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    config = tiny_config(shards, tmp_path)
+    config.run_dir.mkdir()
+    with Progress(config):
+        line = {"step": 3, "tokens": 600, "loss": 2.5, "tokens_per_s": 100.0, **extra}
+        (config.run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert out.getvalue().splitlines() == ["[run] starting 1 workers", expected]
