@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +52,14 @@ def fitted(config: RunConfig) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("extra", [[], ["dwm.lm_features=true"], ["dwm.lm_features=true", "train.micro_batch=2"]])
 def test_the_dwm_finds_what_resembles_the_target(shards: dict[str, Path], tmp_path: Path, extra: list[str]) -> None:
-    options = ["train.steps=60", "bilevel.every=2", "bilevel.updates=2", "dwm.lr=1e-2", "bilevel.kl=0.3"]
+    options = ["train.steps=60", "bilevel.every=2", "dwm.lr=1e-2", "bilevel.kl=0.3"]
     lines = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *options, *extra))
-    last = lines[-1]
-    assert last["weight/good"] > 1.3 > 0.7 > last["weight/noise"]
-    assert 0 < last["dwm/ess"] < 8
-    assert last["dwm/predicted_gain"] > 0
+    good, noise = (
+        statistics.mean(line[f"weight/{name}"] for line in lines[-40:] if f"weight/{name}" in line)
+        for name in ("good", "noise")
+    )
+    assert good > 1.3 > 0.7 > noise
+    assert all(1 <= line["dwm/ess"] <= 8.001 for line in lines[1:])
     assert lines[0]["step"] == 0 and "loss" not in lines[0]
 
 
