@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ray_dwm import __version__
 from ray_dwm.config import RunConfig, load, to_dict
 from ray_dwm.data.manifest import DomainStats, Manifest
 from ray_dwm.data.shards import Rows, write_shard
@@ -148,13 +149,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def versions() -> dict[str, str]:
+    """Of what decides the figures."""
+    return {"ray_dwm": __version__, **{p: version(p) for p in ("torch", "transformers", "pyarrow", "numpy")}}
+
+
 def write_result(name: str, args: argparse.Namespace, config: RunConfig, result: dict[str, Any]) -> Path:
     """One JSON file with the figures, the configuration and the versions."""
-    versions = {p: version(p) for p in ("ray-dwm", "torch", "transformers", "pyarrow", "numpy")}
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     options = {key: value for key, value in vars(args).items() if key != "output"}
     sections = {k: v for k, v in to_dict(config).items() if k in ("lm", "train", "dwm", "bilevel")}
-    content = {"benchmark": name, "device": where, "python": platform.python_version(), "versions": versions}
+    content = {"benchmark": name, "device": where, "python": platform.python_version(), "versions": versions()}
     args.output.mkdir(parents=True, exist_ok=True)
     path = Path(args.output) / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}-{args.preset}.json"
     path.write_text(json.dumps({**content, "options": options, "result": result, "config": sections}, indent=2) + "\n")

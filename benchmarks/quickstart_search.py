@@ -1,0 +1,119 @@
+"""How the quickstart's DWM settings were found: variants of configs/quickstart.yaml, several seeds each.
+
+    ray-dwm prepare --config configs/quickstart.yaml
+    python benchmarks/quickstart_search.py --seeds 0 1 2
+
+Trains every variant as the quickstart does, with two FSDP ranks, but without Ray, and compares its losses with the
+uniform run of the same seed. Results are added to those of earlier calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from common import RESULTS, run_ranks, versions
+
+from ray_dwm.config import RunConfig, load
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.metrics import read_metrics
+from ray_dwm.engine.setup import build
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+VARIANTS: dict[str, list[str]] = {
+    "uniform": ["dwm.enabled=false"],
+    "default": [],
+    "kl 0.3": ["bilevel.kl=0.3"],
+    "kl 1": ["bilevel.kl=1"],
+    "kl 2": ["bilevel.kl=2"],
+    "kl 4": ["bilevel.kl=4"],
+    "kl 8": ["bilevel.kl=8"],
+    "no clipping": ["dwm.clip_norm=0"],
+    "one update": ["bilevel.updates=1"],
+    "every 5": ["bilevel.every=5"],
+    "every 20": ["bilevel.every=20"],
+    "DWM lr 3e-3": ["dwm.lr=3e-3"],
+    "LM features": ["dwm.lm_features=true"],
+}
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Final losses over whole sets, the target curve and the weights' mean ESS."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(build(config))
+    trainer.fit()
+    final = trainer.evaluate_all()
+    if dist.get_rank():
+        return {}
+    lines = read_metrics(config.run_dir / "metrics.jsonl")
+    ess = [line["dwm/ess"] / config.train.global_batch for line in lines if "dwm/ess" in line]
+    curve = [(line["tokens"], line["val/target/loss"]) for line in lines if "val/target/loss" in line]
+    return {"final": final, "target_curve": curve, "mean_ess": sum(ess) / len(ess) if ess else 1.0}
+
+
+def measure(seed: int, variant: str) -> dict[str, Any]:
+    """One run; a collapse of the weights is a result too."""
+    folder = Path(tempfile.mkdtemp())
+    overrides = [f"seed={seed}", f"storage={folder}", "tracking.wandb=off", f"checkpoint.every={10**9}"]
+    config = load([CONFIG], [*overrides, *VARIANTS[variant]])
+    start = time.perf_counter()
+    try:
+        result = run_ranks(train, config.cluster.workers, config)
+    except Exception as error:  # a rank's error arrives as text
+        result = {"failed": str(error).strip().splitlines()[-1]}
+    finally:
+        shutil.rmtree(folder)
+    return {
+        "seed": seed,
+        "variant": variant,
+        "overrides": VARIANTS[variant],
+        **result,
+        "s": time.perf_counter() - start,
+    }
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Differences to the uniform run of the same seed, mean over seeds with their range."""
+    base = {run["seed"]: run["final"] for run in runs if run["variant"] == "uniform"}
+    sets = list(next(iter(base.values())))
+    lines = [f"{'variant':<14}{'seeds':>6}{'ESS':>6}" + "".join(f"{name[4:-5]:>26}" for name in sets)]
+    for variant in VARIANTS:
+        done = [run for run in runs if run["variant"] == variant and "final" in run and run["seed"] in base]
+        failed = sum(run["variant"] == variant and "failed" in run for run in runs)
+        if not done:
+            lines += [f"{variant:<14}{failed:>6}  collapsed"] if failed else []
+            continue
+        line = f"{variant:<14}{len(done):>6}{sum(run['mean_ess'] for run in done) / len(done):>6.0%}"
+        for name in sets:
+            gaps = [run["final"][name] - base[run["seed"]][name] for run in done]
+            line += f"{sum(gaps) / len(gaps):>+10.3f} [{min(gaps):+.3f}, {max(gaps):+.3f}]".rjust(26)
+        lines.append(line + (f"  ({failed} collapsed)" if failed else ""))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--output", type=Path, default=RESULTS / "quickstart_search.json")
+    args = parser.parse_args()
+    content = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
+    content |= {"benchmark": "quickstart_search", "versions": versions(), "config": CONFIG.read_text()}
+    for seed in args.seeds:
+        for variant in args.variants:
+            kept = [run for run in content["runs"] if (run["seed"], run["variant"]) != (seed, variant)]
+            content["runs"] = [*kept, measure(seed, variant)]
+            args.output.write_text(json.dumps(content, indent=2) + "\n")
+            print(f"seed {seed} {variant}: {content['runs'][-1].get('final', 'collapsed')}", flush=True)
+    print(table(content["runs"]))
+
+
+if __name__ == "__main__":
+    main()
