@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from datetime import timedelta
 
 import torch
@@ -32,8 +31,7 @@ def init_mesh(timeout_s: float = 600.0) -> DeviceMesh:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            store = dist.FileStore(tempfile.mktemp(prefix="ray_dwm_store_"), 1)
-            dist.init_process_group(backend, rank=0, world_size=1, store=store, timeout=timeout)
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
     if kind == "cuda":
         torch.cuda.set_device(device())
     return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))

@@ -86,9 +86,9 @@ class Weigher:
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """(scores, weights) of the global batch, both (B,), from this rank's sequences (b, T)."""
         start = time.perf_counter()
-        embeddings_BD = all_gather_rows(self._model.encode(input_ids_bT))
+        encoded_BE = all_gather_rows(self._model.encode(input_ids_bT))
         statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)
-        scores_B = self._model.scores(embeddings_BD, statistics_BS)
+        scores_B = self._model.scores(encoded_BE, statistics_BS)
         weights_B = weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
         self.seconds = time.perf_counter() - start
         return scores_B, weights_B

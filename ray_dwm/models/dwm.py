@@ -4,9 +4,11 @@ The paper (arXiv 2507.16178) leaves the architecture open; this one is ours and 
 the LM and to transfer between LMs:
 - a sequence encoder of its own (token embedding, depthwise convolutions, attention pooling), linear in the
   sequence's length; nothing has the LM's width;
+- beside it a bag of tokens, one learnt number per vocabulary entry: log-linear weights as DSIR has them (Xie et al.
+  2023), but learnt by the hypergradient. It finds in tens of updates what the encoder needs hundreds for;
 - optional LM statistics (loss, entropy), standardised within the batch so that they have no LM's scale;
 - self-attention over the batch without positions: scores are joint over the batch and permutation-equivariant;
-- a score head that starts at zero: version 0 weighs exactly uniformly.
+- a score head and a bag that start at zero: version 0 weighs exactly uniformly.
 
 Legend: B = sequences of the global batch, b = sequences of one rank, T = tokens, D = DWM width, S = statistics.
 """
@@ -20,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 STATISTICS = ("loss", "entropy")
+BAG_GAIN = 64.0
+"""A score's change is this times the mean change of its tokens' numbers. Adam moves each by about the learning rate in
+an update, so a token mean alone would follow far slower than the encoder's many parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,26 +105,33 @@ class DataWeightingModel(nn.Module):
         self.norm = nn.RMSNorm(width)
         # No bias: softmax does not see a shift of all scores.
         self.score = nn.Linear(width, 1, bias=False)
+        self.bag = nn.Embedding(shape.vocab_size, 1)
         nn.init.normal_(self.embedding.weight, std=0.5)
+        nn.init.zeros_(self.bag.weight)
         nn.init.zeros_(self.score.weight)
 
     def encode(self, input_ids_bT: Tensor) -> Tensor:
-        """Embeddings of single sequences, (b, T) token ids -> (b, D): attention pooling next to the mean."""
+        """What the batch head needs of single sequences, (b, T) token ids -> (b, D + 1).
+
+        D columns of embedding (attention pooling next to the mean) and one with the bag's score.
+        """
         x_bTD = self.encoder(self.embedding(input_ids_bT))
         heads = self.shape.heads
         attention_bTH = torch.softmax(self.pool(x_bTD), dim=1)
         x_bTHd = x_bTD.unflatten(-1, (heads, self.shape.width // heads))
         pooled_bD = (attention_bTH[..., None] * x_bTHd).sum(dim=1).flatten(1)
-        return self.project(torch.cat([pooled_bD, x_bTD.mean(dim=1)], dim=-1))
+        embeddings_bD = self.project(torch.cat([pooled_bD, x_bTD.mean(dim=1)], dim=-1))
+        return torch.cat([embeddings_bD, BAG_GAIN * self.bag(input_ids_bT).mean(dim=1)], dim=-1)
 
-    def scores(self, embeddings_BD: Tensor, statistics_BS: Tensor | None = None) -> Tensor:
-        """Joint scores of the global batch, (B, D) -> (B,)."""
+    def scores(self, encoded_BE: Tensor, statistics_BS: Tensor | None = None) -> Tensor:
+        """Joint scores of the global batch, (B, D + 1) of `encode` -> (B,)."""
+        embeddings_BD, bag_B = encoded_BE[:, :-1], encoded_BE[:, -1]
         if self.statistics is not None:
             assert statistics_BS is not None, "this DWM looks at LM statistics"
             centred_BS = statistics_BS - statistics_BS.mean(dim=0)
             scale_S = centred_BS.square().mean(dim=0).sqrt().clamp(min=1e-6)
             embeddings_BD = embeddings_BD + self.statistics(centred_BS / scale_S)
-        return self.score(self.norm(self.head(embeddings_BD))).squeeze(-1)
+        return self.score(self.norm(self.head(embeddings_BD))).squeeze(-1) + bag_B
 
     def forward(self, input_ids_BT: Tensor, statistics_BS: Tensor | None = None) -> Tensor:
         return self.scores(self.encode(input_ids_BT), statistics_BS)

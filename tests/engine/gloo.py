@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def _entry(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
+    shared = dist.HashStore() if world == 1 else dist.FileStore(store, world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=shared)
     try:
         result = function(*arguments)
         if rank == 0:
@@ -33,8 +35,8 @@ def _entry(
 def run(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Any:
     """Rank 0's result of a module-level function that ran in `world` processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    out, store = folder / "result.pt", folder / "store"
-    store.unlink(missing_ok=True)
+    out = folder / "result.pt"
+    store = folder / f"store-{uuid.uuid4().hex}"  # a new file each time: an earlier group may still hold the old one
     if world == 1:
         _entry(0, 1, str(store), function, arguments, str(out))
     else:

@@ -16,7 +16,7 @@ B, T = 16, 12
 
 def learner(kl: float = 0.1, updates: int = 1, lm_features: bool = False, seed: int = 0) -> DwmLearner:
     shape = dwm_shape("xs", VOCAB, lm_features)
-    return DwmLearner(shape, DwmConfig(lr=1e-2), BilevelConfig(kl=kl, updates=updates), seed)
+    return DwmLearner(shape, DwmConfig(lr=3e-3), BilevelConfig(kl=kl, updates=updates), seed)
 
 
 def feedback(version: int, scale: float = 1.0) -> Feedback:
