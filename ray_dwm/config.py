@@ -36,6 +36,20 @@ def positive(section: str, owner: Any, *names: str) -> None:
         require(value > 0, f"{section}.{name} is {value}: it must be greater than 0")
 
 
+def not_negative(section: str, owner: Any, *names: str) -> None:
+    """Require the named fields of a section to be at least 0."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value >= 0, f"{section}.{name} is {value}: it must not be negative")
+
+
+def below_one(section: str, owner: Any, *names: str) -> None:
+    """Require the named fields of a section to lie in [0, 1)."""
+    for name in names:
+        value = getattr(owner, name)
+        require(0 <= value < 1, f"{section}.{name} is {value}: it must lie in [0, 1)")
+
+
 @frozen
 class PrepareConfig:
     """Text to token shards; used by `prepare`, and by `train` where the shards do not exist yet."""
@@ -114,15 +128,14 @@ class TrainConfig:
     eval_every: int = 100
     eval_sequences: int = 256
     """Sequences of each evaluation set used for the curves; summary.json has the loss over all."""
-    log_every: int = 10
 
     def __post_init__(self) -> None:
-        positive("train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "log_every")
-        positive("train", self, "eval_sequences")
-        for name in ("beta1", "beta2", "momentum", "min_lr_ratio", "decay_fraction"):
+        positive("train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "eval_sequences")
+        not_negative("train", self, "clip_norm", "weight_decay", "warmup_steps")
+        below_one("train", self, "beta1", "beta2", "momentum")
+        for name in ("min_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"train.{name} is {value}: it must lie between 0 and 1")
-        require(self.warmup_steps >= 0, f"train.warmup_steps is {self.warmup_steps}: it must not be negative")
 
 
 @frozen
@@ -144,13 +157,12 @@ class DwmConfig:
     delay_steps: int = 1
     """LM steps between a bi-level step and the use of the DWM version it made."""
     min_ess_fraction: float = 0.05
-    """The run stops where ESS / global batch falls below this: the weights have collapsed."""
+    """The run stops where (ESS - 1) / (B - 1) falls below this: the weights have collapsed."""
 
     def __post_init__(self) -> None:
         positive("dwm", self, "lr", "temperature")
-        require(self.clip_norm >= 0, f"dwm.clip_norm is {self.clip_norm}: it must not be negative")
-        require(0 <= self.floor < 1, f"dwm.floor is {self.floor}: it must lie in [0, 1)")
-        require(self.delay_steps >= 0, f"dwm.delay_steps is {self.delay_steps}: it must not be negative")
+        not_negative("dwm", self, "clip_norm", "weight_decay", "delay_steps")
+        below_one("dwm", self, "floor", "min_ess_fraction")
 
 
 @frozen
@@ -162,23 +174,24 @@ class BilevelConfig:
     estimator: Literal["central", "exact", "jvp"] = "central"
     target_batch: int = 32
     """Target sequences drawn afresh for each bi-level step, over all workers."""
-    kl: float = 0.1
+    kl: float = 1.0
     """Pull to uniform weights, in units of the alignments' standard deviation."""
-    updates: int = 1
+    updates: int = 2
     """Optimizer steps of the DWM per bi-level step."""
     scale_decay: float = 0.9
     """Memory of the running variance by which alignments are standardised."""
-    epsilon: float = 1e-2
-    """Length of the central difference's perturbation of the parameters, |theta' - theta|."""
+    epsilon: float = 0.0
+    """Length |h u| of the central difference's perturbation; 0 means 1e-2 in fp32, 1e-1 in bf16 (it rounds more)."""
 
     def __post_init__(self) -> None:
-        positive("bilevel", self, "every", "target_batch", "epsilon", "updates")
+        positive("bilevel", self, "every", "target_batch", "updates")
+        not_negative("bilevel", self, "epsilon", "kl")
+        below_one("bilevel", self, "scale_decay")
         require(
             self.warmup_steps >= 1,
-            "bilevel.warmup_steps is 0: at Adam's first step the hypergradient is noise",
+            f"bilevel.warmup_steps is {self.warmup_steps}: it must be at least 1, at Adam's first step the "
+            "hypergradient is noise",
         )
-        require(self.kl >= 0, f"bilevel.kl is {self.kl}: it must not be negative")
-        require(0 <= self.scale_decay < 1, f"bilevel.scale_decay is {self.scale_decay}: it must lie in [0, 1)")
 
 
 @frozen

@@ -30,14 +30,20 @@ def make_shards(
     seed: int = 0,
     files: int = 2,
     tokenizer_sha256: str = "0" * 64,
+    masked: bool = False,
+    counted_from: int = 0,
 ) -> Manifest:
-    """Shards with `good` Markov rows (domain good) and `noise` random rows (domain noise)."""
+    """Shards with `good` Markov rows (domain good) and `noise` random rows (domain noise).
+
+    Where `masked`, a third of the tokens count, none of them before position `counted_from`.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     noise_rows = rng.integers(0, VOCAB, size=(noise, seq_len))
     ids = np.concatenate([markov_rows(good, seq_len, 32, seed), noise_rows])
     names = ["good"] * good + ["noise"] * noise
     order = rng.permutation(len(ids))
+    mask = (rng.random(ids.shape) < 1 / 3) & (np.arange(seq_len) >= counted_from)
     shards = []
     for index, part in enumerate(np.array_split(order, files)):
         shards.append(
@@ -47,6 +53,7 @@ def make_shards(
                 domains=[names[i] for i in part],
                 input_ids=ids[part],
                 vocab_size=VOCAB,
+                loss_mask=mask[part] if masked else None,
             )
         )
     counts = {name: count for name, count in (("good", good), ("noise", noise)) if count}

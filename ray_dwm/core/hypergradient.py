@@ -51,7 +51,8 @@ def adamw_jacobian(
     m_hat = exp_avg / (1 - beta1**step)
     root = (exp_avg_sq / (1 - beta2**step)).sqrt()
     denominator = root + eps
-    jacobian = c1 / denominator - m_hat * (c2 * clipped_grad) / (root * denominator.square())
+    # Factors of moderate size: root * denominator^2 would underflow in fp32.
+    jacobian = (c1 - (m_hat / denominator) * (c2 * clipped_grad / root)) / denominator
     return jacobian.masked_fill((clipped_grad == 0) | (root == 0), 0.0)  # root: g^2 can underflow
 
 

@@ -29,7 +29,12 @@ def weights_from_scores(scores_B: Tensor, temperature: float = 1.0, floor: float
 
 def kl_to_uniform(weights_B: Tensor) -> Tensor:
     """KL(w || uniform) = sum_i w_i log(B w_i), in nats: 0 for uniform, log B for a single sample."""
-    return torch.special.xlogy(weights_B, weights_B * weights_B.numel()).sum()
+    return torch.dot(weights_B, _log_relative(weights_B))
+
+
+def _log_relative(weights_B: Tensor) -> Tensor:
+    """log(B w); finite, with a finite gradient, where a weight has underflowed to 0."""
+    return torch.log(weights_B.clamp(min=torch.finfo(weights_B.dtype).tiny) * weights_B.numel())
 
 
 def effective_sample_size(weights_B: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def score_gradient(scores_B: Tensor, alignments_B: Tensor, kl: float, temperatur
     """dJ/dz in closed form: (1 - floor)/tau (diag(p) - p p^T)(a + kl (log(B w) + 1)), p = softmax(z / tau)."""
     p_B = torch.softmax(scores_B / temperature, dim=0)
     w_B = weights_from_scores(scores_B, temperature, floor)
-    slope_B = alignments_B + kl * (torch.log(w_B * w_B.numel()) + 1.0)
+    slope_B = alignments_B + kl * (_log_relative(w_B) + 1.0)
     return (1.0 - floor) / temperature * p_B * (slope_B - torch.dot(p_B, slope_B))
 
 
@@ -80,6 +85,6 @@ def standardise(alignments_B: Tensor, running_variance: float, decay: float) -> 
         (standardised alignments, new running variance).
     """
     centred_B = alignments_B - alignments_B.mean()
-    variance = float(centred_B.square().mean())
+    variance = float(centred_B.double().square().mean())  # fp32 would underflow below 1e-19
     running = variance if running_variance == 0.0 else decay * running_variance + (1 - decay) * variance
     return centred_B / max(math.sqrt(running), torch.finfo(alignments_B.dtype).tiny), running

@@ -66,8 +66,12 @@ class ReadPlan:
         return order[start - offset : stop - offset]
 
 
-def _generator(plan: ReadPlan, *key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((plan.seed, *key))))
+_BLOCKS, _WINDOW, _TARGET = range(3)
+
+
+def _generator(seed: int, use: int, *key: int) -> np.random.Generator:
+    """A stream of its own for every use and key."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, use, *key))))
 
 
 @lru_cache(maxsize=4)
@@ -80,7 +84,7 @@ def _epoch_windows(plan: ReadPlan, epoch: int) -> tuple[NDArray[np.int64], NDArr
         blocks.append(np.stack([starts, np.minimum(starts + plan.block_rows, base + rows)], axis=1))
         base += rows
     order = np.concatenate(blocks)
-    order = order[_generator(plan, epoch).permutation(len(order))]
+    order = order[_generator(plan.seed, _BLOCKS, epoch).permutation(len(order))]
     ends = np.concatenate([[0], np.cumsum(order[:, 1] - order[:, 0])])
     return order, ends[:-1][:: plan.window_blocks]
 
@@ -91,10 +95,9 @@ def _window_rows(plan: ReadPlan, epoch: int, window: int) -> NDArray[np.int64]:
     order, _ = _epoch_windows(plan, epoch)
     blocks = order[window * plan.window_blocks : (window + 1) * plan.window_blocks]
     rows = np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in blocks])
-    return _generator(plan, epoch, window).permutation(rows)
+    return _generator(plan.seed, _WINDOW, epoch, window).permutation(rows)
 
 
 def target_rows(rows: int, batch: int, update: int, seed: int) -> NDArray[np.int64]:
     """Rows of the target batch of the update-th bi-level step, drawn afresh without replacement, shape (batch,)."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1, update))))
-    return generator.choice(rows, size=batch, replace=False).astype(np.int64)
+    return _generator(seed, _TARGET, update).choice(rows, size=batch, replace=False).astype(np.int64)

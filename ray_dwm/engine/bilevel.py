@@ -7,6 +7,7 @@ Everything works on this rank's shards; inner products are summed over ranks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,17 +27,23 @@ from ray_dwm.core.losses import sample_losses
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.mesh import shard, shards_dot
 from ray_dwm.engine.step import LowerLevel, StepResult, batch_losses, forward_losses, tokens_per_sample
+from ray_dwm.errors import TrainingError
 
 PHASES = ("target_gradient", "direction", "contraction")
 
 
 class BilevelStep:
-    """Computes the alignments around one LM step. Memory on top of training: four copies of the shards."""
+    """Computes the alignments around one LM step.
+
+    Memory on top of training: at most five copies of this rank's shards at once (theta, v, the optimizer's Jacobian
+    and u while the direction is computed; theta, theta', u and the values that are written during the contraction).
+    """
 
     def __init__(self, lower: LowerLevel, config: BilevelConfig) -> None:
         self._lower, self._config = lower, config
         # The list must be taken while the model is sharded: after a forward the root stays gathered.
         self._parameters = lower.parameters
+        self._epsilon = config.epsilon or (1e-1 if lower.config.precision == "bf16" else 1e-2)
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @torch.no_grad()
@@ -58,7 +65,13 @@ class BilevelStep:
             v = self._target_gradient(target)
         with self._timed("direction"):
             u = self._direction(v, clipped, result.grad_norm)
+            del v, clipped
             norm = shards_dot(u, u) ** 0.5
+            if not math.isfinite(norm):
+                raise TrainingError(
+                    f"the target set's gradient is not finite ({norm}) after a step of learning rate {result.lr:g}: "
+                    "lower train.lr; the last checkpoint is intact"
+                )
         with self._timed("contraction"):
             dots_b = self._contract(theta, u, norm, batch, result.tokens_per_sample)
         return -result.lr * dots_b
@@ -85,8 +98,7 @@ class BilevelStep:
     @torch.no_grad()
     def _direction(self, v: list[Tensor], clipped: list[Tensor], norm: float) -> list[Tensor]:
         """u = C^T (D * v)."""
-        jacobians = [self._jacobian(p, g) for p, g in zip(self._parameters, clipped, strict=True)]
-        scaled = [d * x for d, x in zip(jacobians, v, strict=True)]
+        scaled = [self._jacobian(p, g) * x for p, g, x in zip(self._parameters, clipped, v, strict=True)]
         max_norm = self._lower.config.clip_norm
         coefficient = clip_coefficient(norm, max_norm)
         if coefficient == 1.0:
@@ -117,7 +129,7 @@ class BilevelStep:
         try:
             if self._config.estimator == "central":
                 losses = self._perturbed_losses(batch, tokens)
-                return estimators.central(losses, theta, u, self._config.epsilon / norm)
+                return estimators.central(losses, theta, u, self._epsilon / norm)
             self._write(theta)
             losses, full_theta, full_u = self._unsharded(u, batch, tokens)
             estimator = {"exact": estimators.exact, "jvp": estimators.jvp}[self._config.estimator]

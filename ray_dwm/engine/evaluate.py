@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 from ray_dwm.core.losses import token_losses
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.engine.batch import Batch, to_batch
 from ray_dwm.engine.mesh import all_sum
+from ray_dwm.errors import TrainingError
 
 
-def fixed_share(reader: ShardReader, sequences: int, seq_len: int, device: torch.device) -> Batch:
-    """This rank's part of `sequences` rows spread evenly over a set, or of all where it has fewer.
+def spread_rows(reader: ShardReader, sequences: int) -> NDArray[np.int64]:
+    """Numbers of `sequences` rows spread evenly over a set, or of all where it has fewer."""
+    count = min(sequences, reader.manifest.rows)
+    return np.linspace(0, reader.manifest.rows - 1, num=count).astype(np.int64)
+
+
+def share(reader: ShardReader, rows: NDArray[np.int64], seq_len: int, device: torch.device) -> Batch:
+    """This rank's part of some rows.
 
     Every rank gets the same number, so that collectives match: what one lacks is a repeated row that does not count.
     """
-    rank, world, count = dist.get_rank(), dist.get_world_size(), min(sequences, reader.manifest.rows)
-    rows = np.linspace(0, reader.manifest.rows - 1, num=count).astype(np.int64)
-    padded = np.pad(rows, (0, -count % world), mode="edge")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    padded = np.pad(rows, (0, -len(rows) % world), mode="edge")
     batch = to_batch(reader.take(padded[rank::world]), seq_len, device)
-    counted = torch.arange(rank, len(padded), world, device=device) < count
+    counted = torch.arange(rank, len(padded), world, device=device) < len(rows)
     return dataclasses.replace(batch, mask=batch.mask & counted[:, None])
 
 
+def stream(
+    reader: ShardReader, rows: NDArray[np.int64], micro_batch: int, seq_len: int, device: torch.device
+) -> Iterator[Batch]:
+    """This rank's parts of some rows, a micro-batch at a time."""
+    size = micro_batch * dist.get_world_size()
+    for start in range(0, len(rows), size):
+        yield share(reader, rows[start : start + size], seq_len, device)
+
+
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, batch: Batch, micro_batch: int) -> float:
-    """Cross-entropy in nats per counted token over all ranks' shares."""
-    totals = torch.zeros(2, dtype=torch.float64, device=batch.input_ids.device)
-    for part in batch.micro_batches(micro_batch):
-        losses = token_losses(model(input_ids=part.input_ids).logits, part.input_ids) * part.mask
-        totals += torch.stack([losses.sum().double(), part.mask.sum().double()])
+def mean_loss(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
+    """Cross-entropy in nats per counted token over all ranks' batches.
+
+    Raises:
+        TrainingError: where no token counts.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        losses = token_losses(model(input_ids=batch.input_ids).logits, batch.input_ids) * batch.mask
+        totals = totals.to(losses.device) + torch.stack([losses.sum().double(), batch.mask.sum().double()])
     nats, tokens = all_sum(totals).tolist()
+    if tokens == 0:
+        raise TrainingError(
+            "an evaluation set has no token that counts: its loss_mask is empty within the first lm.seq_len tokens"
+        )
     return float(nats / tokens)

@@ -20,6 +20,7 @@ from ray_dwm.core.weighting import (
     upper_objective,
     weights_from_scores,
 )
+from ray_dwm.errors import TrainingError
 from ray_dwm.models.dwm import DwmShape, build_dwm
 
 State = dict[str, Tensor]
@@ -28,9 +29,9 @@ State = dict[str, Tensor]
 It is at once what a version publishes, what a checkpoint keeps and what a restarted actor is given back.
 """
 
-METRICS = ("hypergrad_norm", "kl", "update_ess", "alignment_scale", "predicted_gain")
+METRICS = ("hypergrad_norm", "kl", "update_ess", "alignment_scale")
 """Figures of an update: |dJ/dphi| before clipping, KL of the weights in nats, their ESS in sequences, the alignments'
-running standard deviation in nats, and the expected fall of the target loss in nats that the batch's step brings."""
+running standard deviation in nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,11 @@ class DwmLearner:
         )
 
     def update(self, feedback: Feedback) -> State:
-        """One bi-level update: scores, weights, dJ/dphi by the chain rule, AdamW step."""
+        """One bi-level update: scores, weights, dJ/dphi by the chain rule, AdamW step.
+
+        Raises:
+            TrainingError: where the hypergradient is not finite; the DWM has not moved.
+        """
         assert feedback.version == self.version + 1, "feedback must come in order"
         alignments_B, self._running_variance = standardise(
             feedback.alignments, self._running_variance, self._bilevel.scale_decay
@@ -82,8 +87,12 @@ class DwmLearner:
                 float(kl_to_uniform(weights_B)),
                 float(effective_sample_size(weights_B)),
                 self._running_variance**0.5,
-                -float(torch.dot(weights_B, feedback.alignments)),
             ]
+            if not all(math.isfinite(value) for value in self._metrics):
+                raise TrainingError(
+                    f"the hypergradient of DWM version {feedback.version} is not finite: lower dwm.lr or raise "
+                    "dwm.temperature; the last checkpoint is intact"
+                )
             self._optimizer.step()
         self.version += 1
         return self.state()

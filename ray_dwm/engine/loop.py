@@ -24,7 +24,7 @@ from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.engine.batch import Batch, BatchSource, to_batch
 from ray_dwm.engine.bilevel import BilevelStep
 from ray_dwm.engine.checkpoint import Checkpointer
-from ray_dwm.engine.evaluate import fixed_share, mean_loss
+from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
 from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter, read_metrics
 from ray_dwm.engine.step import LowerLevel, StepResult
@@ -96,10 +96,6 @@ class Trainer:
         )
         self._clock = Clock()
         self._main = dist.get_rank() == 0
-        self._evaluation = {
-            name: fixed_share(reader, parts.config.train.eval_sequences, parts.seq_len, parts.device)
-            for name, reader in parts.evaluation.items()
-        }
 
     def fit(self) -> dict[str, float]:
         """Train from the newest checkpoint to the last step; returns the last figures."""
@@ -108,7 +104,9 @@ class Trainer:
         self._open_logs(step)
         exit_code = 1
         try:
-            figures = self._log({"step": 0, "tokens": 0, **self._evaluate()}) if step == 0 else {}
+            figures: dict[str, float] = {}
+            if step == 0:
+                figures = self._log({"step": 0, "tokens": 0, **self._evaluate(config.train.eval_sequences)})
             batches = self._parts.source.stream(cursor.batches, config.train.steps)
             while step < config.train.steps:
                 with self._clock.phase("data"):
@@ -119,7 +117,7 @@ class Trainer:
                 with self._clock.phase("log"):
                     figures = self._figures(step, batch, result)
                 if step % config.train.eval_every == 0 or step == config.train.steps:
-                    figures |= self._evaluate()
+                    figures |= self._evaluate(config.train.eval_sequences)
                 figures = self._log(figures)
                 if step % config.checkpoint.every == 0 or step == config.train.steps:
                     self._checkpoint(step, cursor, figures)
@@ -164,35 +162,30 @@ class Trainer:
         start = dist.get_rank() * share
         return self._batch(reader.take(rows[start : start + share]))
 
-    def _evaluate(self) -> dict[str, float]:
-        return {
-            f"val/{name}/loss": mean_loss(self._lower.model, batch, self._config.train.micro_batch)
-            for name, batch in self._evaluation.items()
-        }
+    def _evaluate(self, sequences: int | None = None) -> dict[str, float]:
+        """Losses over `sequences` rows of every evaluation set; None: over all."""
+        parts, micro = self._parts, self._config.train.micro_batch
+        losses = {}
+        for name, reader in parts.evaluation.items():
+            rows = spread_rows(reader, sequences or reader.manifest.rows)
+            batches = stream(reader, rows, micro, parts.seq_len, parts.device)
+            losses[f"val/{name}/loss"] = mean_loss(self._lower.model, batches)
+        return losses
 
     def evaluate_all(self) -> dict[str, float]:
         """Losses over whole evaluation sets; collective."""
-        c, parts = self._config, self._parts
-        return {
-            f"val/{name}/loss": mean_loss(
-                self._lower.model,
-                fixed_share(reader, reader.manifest.rows, parts.seq_len, parts.device),
-                c.train.micro_batch,
-            )
-            for name, reader in parts.evaluation.items()
-        }
+        return self._evaluate()
 
     def _figures(self, step: int, batch: Batch, result: StepResult) -> dict[str, float]:
         """A step's line of metrics.jsonl."""
         seconds = self._clock.take()
         tokens = self._config.train.global_batch * self._parts.seq_len
         total = sum(seconds.values())
-        losses = torch.stack([result.losses_b.double().sum(), torch.tensor(float(len(batch)), dtype=torch.float64)])
-        loss_sum, count = all_sum(losses).tolist()
+        loss_sum = float(all_sum(result.losses_b.double().sum()))
         figures = {
             "step": step,
             "tokens": step * tokens,
-            "loss": loss_sum / count,
+            "loss": loss_sum / self._config.train.global_batch,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": tokens / total,
@@ -206,7 +199,7 @@ class Trainer:
         assert self._weigher is not None and result.scores_B is not None
         weights_B, size = result.weights_B, self._config.train.global_batch
         ess = float(effective_sample_size(weights_B))
-        self._guard(step, ess / size)
+        self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
         keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
         losses_B = all_gather_rows(result.losses_b)
         ids, codes = keys_B2.T.tolist()
@@ -230,17 +223,17 @@ class Trainer:
 
     def _guard(self, step: int, ess_fraction: float) -> None:
         floor = self._config.dwm.min_ess_fraction
-        if ess_fraction < floor:
+        if not ess_fraction >= floor:  # so that NaN counts as a collapse
             raise TrainingError(
-                f"the weights have collapsed at step {step}: ESS is {ess_fraction:.3f} of the batch, below "
+                f"the weights have collapsed at step {step}: ESS is at {ess_fraction:.3f} of its range, below "
                 f"dwm.min_ess_fraction = {floor}: raise bilevel.kl, dwm.floor or dwm.temperature; the last checkpoint "
                 "is intact"
             )
 
     def _checkpoint(self, step: int, cursor: Cursor, figures: dict[str, float]) -> None:
-        path = self._checkpointer.save(step, cursor)
         if self._main and self._weigher is not None:
-            self._weights_log.flush(step)
+            self._weights_log.flush(step)  # first: what a lost checkpoint leaves behind is written anew on resuming
+        path = self._checkpointer.save(step, cursor)
         if self._parts.on_checkpoint is not None:
             self._parts.on_checkpoint(step, path, figures)
 

@@ -41,7 +41,8 @@ class JsonlSink:
     """metrics.jsonl: a line a step. Lines after the resumed step are cut off, so a restart leaves no trace."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if path.exists() else []
+        # A run that starts anew logs its step 0 again.
+        kept = [x for x in read_metrics(path) if x["step"] <= resume_step] if resume_step and path.exists() else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)

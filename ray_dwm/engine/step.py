@@ -49,8 +49,18 @@ def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim
 
 
 def tokens_per_sample(batch: Batch, global_batch: int) -> float:
-    """Mean number of counted predictions per sample over the global batch."""
-    return float(all_sum(batch.mask.sum().double())) / global_batch
+    """Mean number of counted predictions per sample over the global batch.
+
+    Raises:
+        TrainingError: where none counts.
+    """
+    counted = int(all_sum(batch.mask.sum()))
+    if counted == 0:
+        raise TrainingError(
+            "no token of a batch counts (its loss_mask is empty within the first lm.seq_len tokens): use longer "
+            "sequences, a larger batch or data with more counted tokens"
+        )
+    return counted / global_batch
 
 
 def forward_losses(model: LlamaForCausalLM, batch: Batch, tokens: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_dwm.core import estimators
 from ray_dwm.core.hypergradient import adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
 from ray_dwm.core.weighting import upper_objective, weights_from_scores
 
@@ -56,7 +57,7 @@ KINDS_AND_STEPS = [(k, n) for k in ("sgd", "momentum", "adamw") for n in (0, 1, 
 
 
 @pytest.mark.parametrize(("kind", "warm_steps"), KINDS_AND_STEPS)
-@pytest.mark.parametrize("max_norm", [0.0, 0.3, 1e6])
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e6])
 def test_closed_form_equals_autograd_through_the_step(kind: str, max_norm: float, warm_steps: int) -> None:
     theta, losses, target = problem(seed=warm_steps)
     zeros = torch.zeros(WIDTH, dtype=torch.float64)
@@ -76,6 +77,7 @@ def test_closed_form_equals_autograd_through_the_step(kind: str, max_norm: float
     expected_w, expected_z = torch.autograd.grad(target(moved), [w, z])
 
     g, n = g.detach(), float(g.detach().norm())
+    assert max_norm == 0.0 or (n > max_norm) == (max_norm == 0.1), "0.1 must clip, 1e6 must not"
     clipped = clip(g, max_norm)
     (v,) = torch.autograd.grad(target(q := moved.detach().requires_grad_()), q)
     if kind == "adamw":
@@ -91,21 +93,46 @@ def test_closed_form_equals_autograd_through_the_step(kind: str, max_norm: float
     torch.testing.assert_close(z2.grad, expected_z, rtol=1e-9, atol=1e-15)
 
 
-def test_quadratic_problem_by_hand() -> None:
-    """l_i = (theta - c_i)^2 / 2, target (theta - t)^2 / 2, SGD: a_i = -lr (theta' - t)(theta - c_i)."""
-    c = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    w = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    theta, t = 3.0, 1.0
-    moved = theta - LR * float((w * (theta - c)).sum())
-    by_hand = -LR * (moved - t) * (theta - c)
-    u = clip_transpose(
-        torch.tensor([moved - t], dtype=torch.float64) * sgd_jacobian(0.0, 0.0, False, False),
-        torch.tensor([float((w * (theta - c)).sum())], dtype=torch.float64),
-        dot=0.0,
-        norm=0.0,
-        max_norm=0.0,
-    )
-    torch.testing.assert_close(-LR * u * (theta - c), by_hand, rtol=1e-12, atol=0.0)
+@pytest.mark.parametrize("max_norm", [0.0, 0.8])
+def test_quadratic_problem_by_hand(max_norm: float) -> None:
+    """l_i = |theta - c_i|^2 / 2, target |theta - t|^2 / 2, SGD with clipping, KL: dJ/dz written out in full.
+
+    With g = theta - sum_i w_i c_i and theta' = theta - lr k g, k = max_norm / (n + 1e-6) or 1:
+    dL/dw_i = -lr (theta - c_i)^T K (theta' - t), K = k I, where clipped less max_norm / (n + 1e-6)^2 g g^T / n.
+    """
+    c = torch.tensor([[1.0, 0.0, 2.0], [-2.0, 1.0, 0.0], [0.5, -1.5, 1.0], [0.0, 0.3, -0.7]], dtype=torch.float64)
+    t = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    theta = torch.tensor([3.0, -0.5, 1.0], dtype=torch.float64)
+    z = torch.tensor([0.3, -0.4, 0.9, 0.0], dtype=torch.float64)
+    kl, tau = 0.7, 1.5
+
+    w = (z / tau).exp() / (z / tau).exp().sum()
+    g = theta - w @ c
+    n = float((g * g).sum().sqrt())
+    k = max_norm / (n + 1e-6) if max_norm else 1.0
+    curl = max_norm / (n + 1e-6) ** 2 * torch.outer(g, g) / n if max_norm else torch.zeros(3, 3, dtype=torch.float64)
+    a = -LR * (theta - c) @ (k * torch.eye(3, dtype=torch.float64) - curl) @ (theta - LR * k * g - t)
+    slope = a + kl * ((4 * w).log() + 1)
+    by_hand = w * (slope - (w * slope).sum()) / tau
+
+    assert max_norm == 0.0 or n > max_norm, "the clipping must be active"
+    moved = theta - LR * clip(g, max_norm)
+    d = (moved - t) * sgd_jacobian(0.0, 0.0, False, first_step=False)
+    u = clip_transpose(d, g, float(g @ d), n, max_norm)
+    ours = -LR * estimators.exact(lambda p: (p[0] - c).square().sum(dim=1) / 2, [theta], [u])
+    torch.testing.assert_close(ours, a, rtol=1e-12, atol=0.0)
+    scores = z.clone().requires_grad_()
+    upper_objective(weights_from_scores(scores, tau), ours, kl).backward()
+    torch.testing.assert_close(scores.grad, by_hand, rtol=1e-12, atol=1e-16)
+
+
+def test_no_factor_of_adams_jacobian_underflows() -> None:
+    """fp32 against fp64 where gradient, moments and eps are tiny."""
+    g = torch.tensor([1e-18, 1e-12, 1e-3])
+    m, v = 0.03 * g, 0.05 * g.square()  # not those of a first step, where D cancels
+    single = adamw_jacobian(g, m, v, 5, BETA1, BETA2, 1e-15)
+    double = adamw_jacobian(g.double(), m.double(), v.double(), 5, BETA1, BETA2, 1e-15)
+    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=0.0)
 
 
 def test_entries_without_gradient_do_not_contribute() -> None:

@@ -63,3 +63,20 @@ def test_standardised_alignments_have_no_units() -> None:
     assert float(large.square().mean()) == pytest.approx(1.0)
     _, after = standardise(a * 0, variance, 0.9)
     assert after == pytest.approx(0.9 * variance)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_underflow_have_a_finite_gradient(kl: float, dtype: torch.dtype) -> None:
+    z = torch.tensor([900.0, 0.0, 1.0, 2.0], dtype=dtype, requires_grad=True)
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=dtype)
+    weights = weights_from_scores(z)
+    assert weights[1] == 0.0
+    upper_objective(weights, a, kl).backward()
+    assert z.grad is not None and torch.isfinite(z.grad).all()
+    torch.testing.assert_close(score_gradient(z.detach(), a, kl, 1.0, 0.0), z.grad)
+
+
+def test_tiny_alignments_are_standardised_too() -> None:
+    scaled, _ = standardise(torch.tensor([1.0, 2.0, 4.0]) * 1e-24, 0.0, 0.9)
+    assert float(scaled.square().mean()) == pytest.approx(1.0)

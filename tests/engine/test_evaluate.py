@@ -11,7 +11,7 @@ from gloo import run
 from synthetic import VOCAB, make_shards
 
 from ray_dwm.data.shards import open_shards
-from ray_dwm.engine.evaluate import fixed_share, mean_loss
+from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_sum, init_mesh
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.models.lm import build_lm, lm_config
@@ -23,8 +23,10 @@ def evaluated(folder: str, sequences: int) -> tuple[float, int, int]:
     """(loss, tokens that counted, sequences on rank 0)."""
     mesh = init_mesh()
     model = parallelize(build_lm(lm_config("tiny", vocab_size=VOCAB, seq_len=16), 0), mesh, "fp32")
-    share = fixed_share(open_shards(folder), sequences, 16, torch.device("cpu"))
-    return mean_loss(model, share, 2), int(all_sum(share.mask.sum())), len(share)
+    reader = open_shards(folder)
+    batches = list(stream(reader, spread_rows(reader, sequences), 2, 16, torch.device("cpu")))
+    counted = sum(int(all_sum(batch.mask.sum())) for batch in batches)
+    return mean_loss(model, batches), counted, sum(len(batch) for batch in batches)
 
 
 @pytest.mark.parametrize("sequences", [ROWS, 100, 5, 1])

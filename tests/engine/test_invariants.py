@@ -106,17 +106,27 @@ def test_world_and_accumulation_do_not_change_the_run(
     assert first["dwm/hypergrad_norm"] == pytest.approx(same["dwm/hypergrad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("delay", [0, 1, 3])
+RESUMED = [
+    (1, 5, ["dwm.delay_steps=0", "bilevel.every=1"]),
+    (1, 5, ["dwm.delay_steps=1", "bilevel.every=1"]),
+    (2, 5, ["dwm.delay_steps=3", "bilevel.every=1"]),
+    (1, 2, ["bilevel.every=1"]),  # before the first checkpoint
+    (2, 7, ["dwm.delay_steps=2", "bilevel.every=3", "dwm.lm_features=true", "train.micro_batch=2"]),
+    (1, 5, ["train.optimizer=sgd", "train.momentum=0.9"]),
+    (1, 5, ["dwm.enabled=false"]),
+]
+
+
+@pytest.mark.parametrize(("world", "stop_at", "changes"), RESUMED)
 def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
-    shards: dict[str, Path], tmp_path: Path, world: int, delay: int
+    shards: dict[str, Path], tmp_path: Path, world: int, stop_at: int, changes: list[str]
 ) -> None:
-    options = [f"cluster.workers={world}", f"dwm.delay_steps={delay}", "bilevel.every=1", "train.steps=8"]
+    options = [f"cluster.workers={world}", "train.steps=8", *changes]
     whole = run(world, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *options))
     stopped = tiny_config(shards, tmp_path / "b", *options)
-    run(world, tmp_path / "b1", train, stopped, 5)
+    run(world, tmp_path / "b1", train, stopped, stop_at)
     resumed = run(world, tmp_path / "b2", train, stopped)
     assert whole["lines"] == resumed["lines"]
-    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"])
+    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == stopped.dwm.enabled
     for a, b in zip(whole["theta"] + whole["phi"], resumed["theta"] + resumed["phi"], strict=True):
         assert torch.equal(a, b)

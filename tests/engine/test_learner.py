@@ -9,6 +9,7 @@ from synthetic import VOCAB, markov_rows
 from ray_dwm.config import BilevelConfig, DwmConfig
 from ray_dwm.core.weighting import weights_from_scores
 from ray_dwm.engine.learner import DwmLearner, Feedback
+from ray_dwm.errors import TrainingError
 from ray_dwm.models.dwm import dwm_shape
 
 B, T = 16, 12
@@ -77,3 +78,13 @@ def test_published_states_do_not_change_afterwards() -> None:
     copy = {key: value.clone() for key, value in state.items()}
     subject.update(feedback(2))
     assert all(torch.equal(state[key], copy[key]) for key in state)
+
+
+def test_a_hypergradient_that_is_not_finite_does_not_move_the_dwm() -> None:
+    subject = learner()
+    before = subject.update(feedback(1))
+    bad = feedback(2)
+    bad.alignments[3] = float("nan")
+    with pytest.raises(TrainingError, match="DWM version 2 is not finite"):
+        subject.update(bad)
+    assert all(torch.equal(p, before[f"phi.{name}"]) for name, p in subject.model.named_parameters())
