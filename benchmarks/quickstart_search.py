@@ -28,17 +28,15 @@ from ray_dwm.engine.setup import build
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 VARIANTS: dict[str, list[str]] = {
     "uniform": ["dwm.enabled=false"],
-    "default": [],
-    "kl 0.3": ["bilevel.kl=0.3"],
+    "quickstart": [],
+    "kl 0.25": ["bilevel.kl=0.25"],
     "kl 1": ["bilevel.kl=1"],
     "kl 2": ["bilevel.kl=2"],
-    "kl 4": ["bilevel.kl=4"],
-    "kl 8": ["bilevel.kl=8"],
     "no clipping": ["dwm.clip_norm=0"],
     "one update": ["bilevel.updates=1"],
     "every 5": ["bilevel.every=5"],
     "every 20": ["bilevel.every=20"],
-    "DWM lr 3e-3": ["dwm.lr=3e-3"],
+    "size s": ["dwm.size=s"],
     "LM features": ["dwm.lm_features=true"],
 }
 
