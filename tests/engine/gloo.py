@@ -30,6 +30,9 @@ def _entry(
             torch.save(result, out)
     finally:
         dist.destroy_process_group()
+    if world > 1:
+        # Gloo's threads may still hold tensors, and abort the process where the interpreter winds down under them.
+        os._exit(0)
 
 
 def run(world: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Any:
