@@ -18,11 +18,11 @@ import torch.distributed as dist
 from common import TimedSource, make_shards, parser, run_config, run_ranks, spread, write_result
 
 from ray_dwm.config import RunConfig
+from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import LocalSource
 from ray_dwm.engine.learner import Feedback, LocalWeightService
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.metrics import read_metrics
 from ray_dwm.engine.setup import build, build_learner, check_data, read_plan
 
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from common import RESULTS, run_ranks, versions
 
 from ray_dwm.config import RunConfig, load
+from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.metrics import read_metrics
 from ray_dwm.engine.setup import build
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

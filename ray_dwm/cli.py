@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ray_dwm.config import RunConfig, load
-from ray_dwm.errors import DwmError
+from ray_dwm.errors import DwmError, UserError
 
 app = typer.Typer(
     help="Pre-train LMs with a learned Data Weighting Model on Ray.",
@@ -23,6 +23,15 @@ Config = Annotated[Path | None, typer.Option("--config", help="YAML file with wh
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.steps=200 dwm.size=s", metavar="KEY=VALUE")
 ]
+
+
+def _check_output(output: Path | None) -> None:
+    """An output file is refused before the work, not after it."""
+    if output is None:
+        return
+    folder = output.absolute().parent
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--output {output} cannot be written: name a file in a folder that exists")
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> RunConfig:
@@ -53,12 +62,13 @@ def train(config: Config = None, overrides: Overrides = None) -> None:
 def evaluate(
     lm: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder.")],
     shards: Annotated[list[Path], typer.Argument(help="Folders of token shards.")],
-    batch: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """Loss, perplexity and bits-per-byte of an LM, per domain."""
     from ray_dwm.evaluation.perplexity import evaluate_folders, format_table, write_json
 
+    _check_output(output)
     results = evaluate_folders(lm, shards, batch)
     typer.echo(format_table(results))
     if output is not None:
@@ -85,6 +95,7 @@ def analyze(
     """Write report.html: losses, weights per domain over time, favoured texts, overhead."""
     from ray_dwm.analysis.report import write_report
 
+    _check_output(output)
     write_report(runs, output)
     typer.echo(f"report: {output}")
 

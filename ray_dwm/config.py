@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any, Literal
 import yaml
 
 from ray_dwm.errors import ConfigError
+
+_NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
 frozen = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -90,6 +93,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive("data", self, "block_rows", "window_blocks", "prefetch_batches")
+        for name in self.held_out:
+            require(
+                bool(_NAME.fullmatch(name)) and name not in ("train", "target"),
+                f"data.held_out has a set named {name!r}: use letters, digits, _ - . and neither train nor target",
+            )
 
 
 @frozen
@@ -100,6 +108,12 @@ class LmConfig:
     seq_len: int = 0
     """Tokens of each training sequence that are used; 0 means the shards' sequence length."""
     attention: Literal["sdpa", "eager"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        require(
+            self.seq_len == 0 or self.seq_len >= 2,
+            f"lm.seq_len is {self.seq_len}: it must be at least 2, or 0 for the shards'",
+        )
 
 
 @frozen
@@ -210,6 +224,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         positive("cluster", self, "workers", "cpus_per_worker", "ingest_memory_mb")
+        not_negative("cluster", self, "gpus_per_worker", "dwm_cpus", "dwm_gpus")
+        require(self.max_failures >= -1, f"cluster.max_failures is {self.max_failures}: it must be at least -1")
 
 
 @frozen
@@ -257,7 +273,10 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, f"name is {self.name!r}: it must be a plain folder name")
+        require(bool(_NAME.fullmatch(self.name)), f"name is {self.name!r}: use letters, digits, _ - and ., at most 128")
+        require(bool(self.storage), "storage is empty: name a folder")
+        require("://" not in self.storage, f"storage is {self.storage!r}: it must be a mounted folder, not an address")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must lie between 0 and 2^63 - 1")
         self.local_batch("train.global_batch", self.train.global_batch)
         if self.dwm.enabled:
             self.local_batch("bilevel.target_batch", self.bilevel.target_batch)

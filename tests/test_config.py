@@ -47,7 +47,7 @@ def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_pa
         ("data:\n  held_out: x\n", "must be a mapping"),
         ("dwm:\n  floor: 1.0\n", "must lie in"),
         ("bilevel:\n  warmup_steps: 0\n", "hypergradient is noise"),
-        ("name: a/b\n", "plain folder name"),
+        ("name: a/b\n", "use letters, digits"),
     ],
 )
 def test_wrong_files_are_refused_with_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -72,6 +72,8 @@ def losses(runs: list[Run], key: str, over: str) -> str:
     with _figure() as (_, axes, out):
         for run in runs:
             x, y = run.series(key, over)
+            if not x:
+                continue  # this run has no such set
             scale = 1e6 if over == "tokens" else 1.0
             axes.plot(np.array(x[1:]) / scale, y[1:], color=_colour(run), marker="o", markersize=3, label=run.name)
         axes.set_xlabel("million tokens" if over == "tokens" else "seconds of training")

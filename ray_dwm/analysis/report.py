@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,23 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from ray_dwm.analysis import figures
 from ray_dwm.analysis.preferences import Texts, phases
 from ray_dwm.analysis.runs import Run, open_run
-from ray_dwm.analysis.verdict import verdict
+from ray_dwm.analysis.verdict import differences, verdict
 from ray_dwm.config import to_yaml
-from ray_dwm.errors import UserError
 
 
 def write_report(folders: list[Path], output: Path) -> None:
     """Write the report of one or more runs; the first without a DWM is the baseline.
 
     Raises:
-        UserError: no run folders, or the report's folder does not exist.
+        UserError: no run folders, or damaged ones.
     """
     runs = [open_run(folder) for folder in folders]
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"folder {output.absolute().parent} does not exist: create it or choose another --output")
     environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(environment.get_template("report.html").render(**_content(runs)))
-    temporary.replace(output)
+    page = environment.get_template("report.html").render(**_content(runs))
+    with tempfile.NamedTemporaryFile("w", prefix=".", dir=output.absolute().parent, delete=False) as stream:
+        stream.write(page)
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, output)
 
 
 def _content(runs: list[Run]) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
     return {
         "runs": runs,
         "rows": verdict(uniform, weighted) if uniform and weighted else [],
+        "differences": differences(uniform, weighted) if uniform and weighted else [],
         "losses": [
             (
                 _title(key),

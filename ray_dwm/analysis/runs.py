@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_dwm.config import RunConfig, load
+from ray_dwm.data.records import read_json, read_metrics
 from ray_dwm.errors import UserError
 
 
@@ -29,12 +29,12 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """summary.json."""
-        return dict(json.loads((self.folder / "summary.json").read_text()))
+        return read_json(self.folder / "summary.json")
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def name(self) -> str:
@@ -58,16 +58,25 @@ class Run:
     def weights(self) -> pa.Table:
         """All rows of weights/*.parquet; none where there was no DWM."""
         files = sorted((self.folder / "weights").glob("*.parquet"))
-        return pa.concat_tables([pq.read_table(file) for file in files]) if files else pa.table({})
+        try:
+            return pa.concat_tables([pq.read_table(file) for file in files]) if files else pa.table({})
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.folder / 'weights'} is damaged ({str(error).splitlines()[0]})") from None
 
 
 def open_run(folder: Path) -> Run:
     """A finished run.
 
     Raises:
-        UserError: where the folder is none.
+        UserError: where the folder is none, or what it holds is damaged.
     """
     for name in ("config.yaml", "metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: it is no finished run folder, let `ray-dwm train` end first")
-    return Run(folder)
+    run = Run(folder)
+    missing = {"tokens", "steps", "workers", "train_seconds", "overhead_frac", "seconds", "final"} - run.summary.keys()
+    if missing:
+        raise UserError(f"{folder / 'summary.json'} has no {min(missing)}: it is damaged or of another version")
+    if run.weighted and not len(run.weights()):
+        raise UserError(f"{folder / 'weights'} has no weights: the run folder is not whole")
+    return run

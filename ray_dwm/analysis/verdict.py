@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ray_dwm.analysis.runs import Run
+from ray_dwm.config import to_dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +31,41 @@ def tokens_to_reach(run: Run, key: str, level: float) -> float | None:
     return None
 
 
+def differences(uniform: Run, dwm: Run) -> list[str]:
+    """Sections of the configuration, besides those that weights need, in which a pair of runs differs."""
+    left, right = to_dict(uniform.config), to_dict(dwm.config)
+    return [key for key in ("seed", "data", "lm", "train") if left[key] != right[key]]
+
+
 def verdict(uniform: Run, dwm: Run) -> list[Row]:
-    """The rows of the verdict table."""
+    """The rows of the verdict table, over the sets that both runs have."""
     rows = []
-    for key in sorted(uniform.summary["final"], key=lambda k: (k != "val/target/loss", k)):
+    shared = uniform.summary["final"].keys() & dwm.summary["final"].keys()
+    for key in sorted(shared, key=lambda k: (k != "val/target/loss", k)):
         a, b = uniform.summary["final"][key], dwm.summary["final"][key]
         name = key.removeprefix("val/").removesuffix("/loss")
         label = "target loss" if name == "target" else f"held-out loss ({name})"
         rows.append(Row(label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", _better(a, b)))
-    level = uniform.series("val/target/loss")[1][-1]  # of the same sequences as the DWM run's curve
-    reached = tokens_to_reach(dwm, "val/target/loss", level)
-    total = uniform.summary["tokens"]
-    rows.append(
-        Row(
-            "tokens to uniform's final target loss",
-            f"{total:,.0f}",
-            "not reached" if reached is None else f"{reached:,.0f}",
-            "" if reached is None else f"{reached / total - 1:+.0%}",
-            "uniform" if reached is None else _better(total, reached),
-        )
-    )
+    if "val/target/loss" in shared:
+        rows.append(_tokens(uniform, dwm))
     a, b = uniform.summary["train_seconds"], dwm.summary["train_seconds"]
     rows.append(Row("training time", f"{a:.0f} s", f"{b:.0f} s", f"{b / a - 1:+.1%}", _better(a, b)))
     share = dwm.summary["overhead_frac"]
     rows.append(Row("bi-level overhead (phases of the DWM run)", "", f"{share:.1%}", "", ""))
     return rows
+
+
+def _tokens(uniform: Run, dwm: Run) -> Row:
+    level = uniform.series("val/target/loss")[1][-1]  # of the same sequences as the DWM run's curve
+    reached = tokens_to_reach(dwm, "val/target/loss", level)
+    total = uniform.summary["tokens"]
+    return Row(
+        "tokens to uniform's final target loss",
+        f"{total:,.0f}",
+        "not reached" if reached is None else f"{reached:,.0f}",
+        "" if reached is None else f"{reached / total - 1:+.0%}",
+        "uniform" if reached is None else _better(total, reached),
+    )
 
 
 def _better(uniform: float, dwm: float) -> str:

@@ -88,6 +88,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         content["files"] = tuple(ShardFile(**file) for file in content["files"])
         content["domains"] = {name: DomainStats(**stats) for name, stats in content["domains"].items()}
         manifest = Manifest(folder=folder, **content)
+        _check_types(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}): prepare the folder anew") from None
     for file in manifest.files:
@@ -98,6 +99,14 @@ def load_manifest(folder: str | Path) -> Manifest:
     if manifest.rows == 0:
         raise DataError(f"{path} lists no sequences: prepare the folder anew")
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    numbers = [manifest.seq_len, manifest.vocab_size, manifest.eos_token_id]
+    numbers += [n for file in manifest.files for n in (file.rows, file.bytes)]
+    numbers += [n for stats in manifest.domains.values() for n in (stats.rows, stats.tokens)]
+    if not all(type(n) is int and n >= 0 for n in numbers) or not 0 <= manifest.eos_token_id < manifest.vocab_size:
+        raise ValueError("a count is not a whole number, or the end-of-sequence token lies outside the vocabulary")
 
 
 def _check_size(path: Path, file: ShardFile) -> None:

@@ -86,7 +86,7 @@ def _jsonl(file: Path, stem: str, domain_field: str) -> Iterator[Document | Reje
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Reject(str(file), number, f"no JSON: {str(error).splitlines()[0]}")
                 continue
             yield _document(record, stem, domain_field, file, number)
@@ -132,4 +132,6 @@ def _document(record: Any, stem: str, domain_field: str, file: Path, number: int
     domain = record.get(domain_field) or stem
     if not isinstance(domain, str):
         return Reject(str(file), number, f"field `{domain_field}` is no string")
+    if any("\ud800" <= c <= "\udfff" for c in text) or any("\ud800" <= c <= "\udfff" for c in domain):
+        return Reject(str(file), number, "no Unicode text: it holds lone surrogates")
     return Document(text, domain)

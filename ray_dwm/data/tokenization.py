@@ -32,7 +32,7 @@ class Tokenizer:
         if not (path / "tokenizer.json").is_file():
             raise DataError(f"{path} holds no tokenizer.json: name a Hugging Face tokenizer folder in prepare.tokenizer")
         try:
-            self._hf = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self._hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many kinds for a damaged folder
             raise DataError(f"tokenizer folder {path} cannot be loaded: {str(error).splitlines()[0]}") from None
         if self._hf.eos_token_id is None:

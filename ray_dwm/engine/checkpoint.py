@@ -1,11 +1,13 @@
 """DCP checkpoints: LM, optimizer, step, data cursor, RNG and the DWM with its optimizer and version as one state.
 
 A checkpoint is written to `step_*.tmp` and renamed when it is whole, so the newest `step_*` is always good.
-All values are tensors: nothing is pickled.
+What DCP pickles (its table of contents, the optimizer's numbers) is only read back where it holds plain values.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ray_dwm.data.plan import Cursor
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.errors import TrainingError
+
+_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
 
 
 class Checkpointer:
@@ -85,7 +91,14 @@ class Checkpointer:
         if not found:
             return 0, Cursor()
         state = self._state(0, Cursor())
-        dcp.load(state, checkpoint_id=found[-1])
+        try:
+            _require_plain(found[-1])
+            dcp.load(state, checkpoint_id=found[-1], planner=_PlainPlanner())
+        except _DAMAGE as error:
+            older = f"remove it to continue from {found[-2].name}" if found[:-1] else "remove it to start anew"
+            raise TrainingError(
+                f"checkpoint {found[-1]} is damaged or not of this run ({str(error).splitlines()[0]}): {older}"
+            ) from None
         set_state_dict(
             self._lower.model,
             self._lower.optimizer,
@@ -97,6 +110,39 @@ class Checkpointer:
         if self._weigher is not None:
             self._weigher.load_state_dict(step, state["dwm"])
         return step, Cursor(int(state["loop"]["cursor"]))
+
+
+# DCP keeps its table of contents, and what is no tensor, as pickles: only plain records may come out of them.
+_RECORDS = "torch.distributed.checkpoint.metadata"
+_VALUES = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    *(("torch", name) for name in ("float32", "float64", "bfloat16", "int64", "uint8", "bool")),
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse everything that could do more than hold values."""
+        if "." not in name and (module == _RECORDS or (module, name) in _VALUES):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+
+
+def _require_plain(checkpoint: Path) -> None:
+    with (checkpoint / ".metadata").open("rb") as stream:
+        _PlainUnpickler(stream).load()
+
+
+class _PlainPlanner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # refuses what is not plain, before the ordinary way takes it
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

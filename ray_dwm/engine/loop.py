@@ -20,13 +20,14 @@ import torch.distributed as dist
 from ray_dwm.config import RunConfig
 from ray_dwm.core.weighting import effective_sample_size, normalised_entropy
 from ray_dwm.data.plan import Cursor, target_rows
+from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.engine.batch import Batch, BatchSource, to_batch
 from ray_dwm.engine.bilevel import BilevelStep
 from ray_dwm.engine.checkpoint import Checkpointer
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
-from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter, read_metrics
+from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
 from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.errors import TrainingError

@@ -11,6 +11,8 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_dwm.data.records import read_metrics
+
 Metrics = Mapping[str, float]
 
 WEIGHTS_SCHEMA = pa.schema(
@@ -57,17 +59,6 @@ class JsonlSink:
         """See MetricSink."""
         del exit_code
         self._stream.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a metrics.jsonl; a last line that a crash cut is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
 
 
 class WeightsWriter:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig, load, to_dict, to_yaml
-from ray_dwm.errors import ConfigError, DwmError, TrainingError, UserError
+from ray_dwm.data.manifest import MANIFEST, file_sha256
+from ray_dwm.data.records import read_json
+from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, UserError
 
 # What may differ when a run is resumed: where and on what it runs, not what it computes.
+_DATA = "data.json"
 _FREE = ("storage", "cluster", "tracking", "prepare", "checkpoint")
 
 
@@ -26,13 +29,14 @@ def check(config: RunConfig) -> None:
     """
     path = config.run_dir / "config.yaml"
     if path.is_file():
-        before, now = _flat(to_dict(load([path]))), _flat(to_dict(config))
+        before, now = _flat(_stored(path)), _flat(to_dict(config))
         for key in sorted(before.keys() | now.keys()):
             if key.split(".")[0] not in _FREE and before.get(key) != now.get(key):
                 raise ConfigError(
                     f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
                     "choose another name=..., or remove the folder"
                 )
+    _check_data(config)
     place = next(folder for folder in (config.run_dir, *config.run_dir.parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"run folder {config.run_dir} cannot be written: choose another storage=...")
@@ -45,7 +49,12 @@ def claim(config: RunConfig) -> Iterator[None]:
     Raises:
         UserError: another process is training this run.
     """
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run folder {config.run_dir} cannot be made ({error.strerror}): choose another storage=..."
+        ) from None
     with (config.run_dir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,11 +64,43 @@ def claim(config: RunConfig) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        temporary = config.run_dir / "config.yaml.tmp"
-        temporary.write_text(to_yaml(config))
-        os.replace(temporary, config.run_dir / "config.yaml")
+        check(config)  # again, now that nobody else can change it
+        _write(config.run_dir / "config.yaml", to_yaml(config))
+        _write(config.run_dir / _DATA, json.dumps(data_digests(config), indent=2) + "\n")
         failure_path(config).unlink(missing_ok=True)
         yield
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        return to_dict(load([path]))
+    except ConfigError as error:
+        raise ConfigError(f"{path} is damaged ({error}): choose another name=..., or remove the folder") from None
+
+
+def data_digests(config: RunConfig) -> dict[str, str]:
+    """Name of every set -> SHA-256 of its manifest, and so of all its shards."""
+    sets = {"train": config.data.train, "target": config.data.target, **config.data.held_out}
+    return {name: file_sha256(Path(folder).expanduser() / MANIFEST) for name, folder in sets.items() if folder}
+
+
+def _check_data(config: RunConfig) -> None:
+    path = config.run_dir / _DATA
+    if not path.is_file():
+        return
+    before, now = read_json(path), data_digests(config)
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            raise DataError(
+                f"the shards of {name} are not those that run folder {config.run_dir} was made with: restore them, "
+                "choose another name=..., or remove the folder"
+            )
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -93,4 +134,4 @@ def raise_failure(config: RunConfig) -> None:
 def read_summary(config: RunConfig) -> dict[str, Any] | None:
     """The final figures, or None where the run is not complete."""
     path = config.run_dir / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None

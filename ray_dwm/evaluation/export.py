@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from ray_dwm.errors import UserError
@@ -16,12 +17,17 @@ def export_run(run: Path, output: Path) -> None:
     """
     if not (run / "summary.json").is_file() or not (run / "hf").is_dir():
         raise UserError(f"{run} is no finished run folder: let `ray-dwm train` end first")
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists already: name a new folder")
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(run / "hf", temporary / "lm")
-    versions = sorted((run / "dwm").glob("v*"))
-    if versions:
-        shutil.copytree(versions[-1], temporary / "dwm")
-    temporary.rename(output)
+    output = output.absolute()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
+            whole = Path(name) / "export"
+            shutil.copytree(run / "hf", whole / "lm")
+            versions = sorted(path for path in (run / "dwm").glob("v*") if not path.name.endswith(".tmp"))
+            if versions:
+                shutil.copytree(versions[-1], whole / "dwm")
+            whole.rename(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror or error}): choose another folder") from None

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_dwm.core.losses import predicted_mask, token_losses
-from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.manifest import file_sha256, load_manifest
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.errors import DataError, UserError
 
@@ -41,14 +41,20 @@ def load_lm(folder: Path) -> torch.nn.Module:
     Raises:
         UserError: where there is none.
     """
-    path = folder / "hf" if (folder / "hf").is_dir() else folder
+    path = _lm_folder(folder)
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is neither a finished run folder nor a Hugging Face folder: name one of these")
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
     except Exception as error:  # transformers raises many kinds for a damaged folder
         raise UserError(f"{path} cannot be loaded as an LM: {str(error).splitlines()[0]}") from None
     return model.eval()
+
+
+def _lm_folder(folder: Path) -> Path:
+    return folder / "hf" if (folder / "hf").is_dir() else folder
 
 
 @torch.no_grad()
@@ -68,14 +74,22 @@ def sequence_losses(
     return np.concatenate(nats), np.concatenate(tokens), np.concatenate(domains)
 
 
-def evaluate(model: torch.nn.Module, folder: Path, batch: int = 32) -> list[Result]:
+def evaluate(model: torch.nn.Module, folder: Path, batch: int = 32, tokenizer: str | None = None) -> list[Result]:
     """Figures of a folder of shards: the whole set first, then every domain.
 
+    Args:
+        tokenizer: SHA-256 of the LM's tokenizer.json, where it is known.
+
     Raises:
-        DataError: where the folder's vocabulary does not fit the LM's.
+        DataError: the folder is damaged, or was made for another LM.
     """
     reader = ShardReader(load_manifest(folder))
     manifest = reader.manifest
+    reader.verify()
+    if tokenizer not in (None, manifest.tokenizer_sha256):
+        raise DataError(
+            f"{folder} was made with tokenizer {manifest.tokenizer_name}, not the LM's: prepare it with that"
+        )
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if manifest.vocab_size > size:
         raise DataError(
@@ -86,7 +100,10 @@ def evaluate(model: torch.nn.Module, folder: Path, batch: int = 32) -> list[Resu
     parts = [("all", np.ones(len(codes), dtype=bool))]
     if len(manifest.domains) > 1:
         parts += [(name, codes == code) for code, name in enumerate(manifest.domain_names)]
-    return [_result(folder.name, name, nats[chosen], tokens[chosen], ratios[codes[chosen]]) for name, chosen in parts]
+    return [
+        _result(manifest.folder.name, name, nats[chosen], tokens[chosen], ratios[codes[chosen]])
+        for name, chosen in parts
+    ]
 
 
 def _result(name: str, domain: str, nats: np.ndarray, tokens: np.ndarray, bytes_per_token: np.ndarray) -> Result:
@@ -99,7 +116,9 @@ def _result(name: str, domain: str, nats: np.ndarray, tokens: np.ndarray, bytes_
 def evaluate_folders(lm: Path, folders: Sequence[Path], batch: int = 32) -> list[Result]:
     """Figures of several folders."""
     model = load_lm(lm)
-    return [result for folder in folders for result in evaluate(model, folder, batch)]
+    path = _lm_folder(lm) / "tokenizer.json"
+    tokenizer = file_sha256(path) if path.is_file() else None
+    return [result for folder in folders for result in evaluate(model, folder, batch, tokenizer)]
 
 
 def format_table(results: Sequence[Result]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,19 @@ def save_lm(
 
 
 def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance: dict[str, Any]) -> None:
-    """Write a DWM folder.
+    """Write a DWM folder; it appears whole or not at all.
 
     Args:
         provenance: tokenizer_sha256, version, and the LM and step it was learnt on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     config = {"model_type": "ray_dwm", **shape.to_dict(), **provenance}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWeightingModel, dict[str, Any]]:

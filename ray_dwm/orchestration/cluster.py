@@ -77,6 +77,12 @@ def _cpus(config: RunConfig, dwm: bool) -> int:
     return math.ceil(cpus)
 
 
+def _fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
+    """How many of a bundle the nodes hold together; one never spans two nodes."""
+    asked = {kind: amount for kind, amount in bundle.items() if amount > 0}
+    return sum(int(min(node.get(kind, 0.0) / amount + 1e-9 for kind, amount in asked.items())) for node in nodes)
+
+
 def preflight(config: RunConfig) -> None:
     """Compare what the run needs with what the cluster has.
 
@@ -91,3 +97,11 @@ def preflight(config: RunConfig) -> None:
                 f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or "
                 f"cluster.{kind.lower()}s_per_worker, or add nodes"
             )
+    cluster = config.cluster
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = _fitting(nodes, {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker})
+    if fitting < cluster.workers:
+        raise ResourceError(
+            f"only {fitting} of {cluster.workers} workers of {cluster.cpus_per_worker:g} CPUs and "
+            f"{cluster.gpus_per_worker:g} GPUs fit the cluster's nodes: lower cluster.workers or what a worker asks for"
+        )

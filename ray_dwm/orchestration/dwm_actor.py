@@ -25,6 +25,8 @@ from ray_dwm.orchestration.cluster import NAMESPACE
 FETCH_TIMEOUT_S = 600.0
 _TRY_S = 2.0
 _NAME_TIMEOUT_S = 30.0
+_CALL_TIMEOUT_S = 60.0
+_RESTARTING = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class DwmService:
             self._published[feedback.version] = self._publish(self._learner.update(feedback))
         except DwmError as error:
             self._error = error
+        except Exception as error:  # nobody waits for this call's result: the next fetch has to tell
+            self._error = TrainingError(f"DWM version {feedback.version} failed: {type(error).__name__}: {error}")
 
     def fetch(self, life: int, version: int) -> Reply:
         """A version, and room is made by dropping older ones."""
@@ -101,9 +105,10 @@ def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
     while True:
         try:
             return ray.remote(DwmService).options(**options).remote(learner)
-        except (
-            ValueError
-        ):  # The name is taken. The actor of a killed driver goes within seconds: it must not be reused.
+        except ValueError as error:
+            # The name is taken. The actor of a killed driver goes within seconds, and must not be reused.
+            if "already taken" not in str(error):
+                raise
             if time.monotonic() > deadline:
                 raise ResourceError(
                     f"the cluster has an actor {actor_name(config)} already: another job trains a run of this name, "
@@ -127,7 +132,13 @@ class RemoteWeightService:
         """See WeightService."""
         self._last, self._pending = state, []
         if self._main:
-            ray.get(self._actor.restore.remote(self._life, state))
+            try:
+                ray.get(self._actor.restore.remote(self._life, state), timeout=FETCH_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                raise TrainingError(
+                    f"the DWM actor did not start within {FETCH_TIMEOUT_S:g} s: look at its log in the Ray dashboard; "
+                    "the last checkpoint is intact"
+                ) from None
 
     def submit(self, feedback: Feedback) -> None:
         """See WeightService."""
@@ -158,7 +169,7 @@ class RemoteWeightService:
         deadline = time.monotonic() + _TRY_S
         while time.monotonic() < deadline:
             try:
-                reply: Reply = ray.get(self._actor.fetch.remote(self._life, version))
+                reply = self._ask(version)
                 if reply.error is not None:
                     raise reply.error
                 if reply.state is not None:
@@ -166,10 +177,14 @@ class RemoteWeightService:
                     return {k: v.clone() for k, v in ray.get(reply.state[0]).items()}
                 if not reply.known_life:
                     self._revive()
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
-                pass  # it is restarting
+            except _RESTARTING:
+                pass
             time.sleep(0.01)
         return None
+
+    def _ask(self, version: int) -> Reply:
+        reply: Reply = ray.get(self._actor.fetch.remote(self._life, version), timeout=_CALL_TIMEOUT_S)
+        return reply
 
     def _revive(self) -> None:
         """Give a restarted actor the last state and all feedback since; only rank 0 holds them."""
@@ -183,7 +198,10 @@ class RemoteWeightService:
         if not self._main:
             time.sleep(0.05)
             return
-        reply: Reply = ray.get(self._actor.fetch.remote(self._life, version))
+        try:
+            reply = self._ask(version)
+        except _RESTARTING:
+            return
         if not reply.known_life:
             self._last = state
             self._pending = [feedback for feedback in self._pending if feedback.version > version]

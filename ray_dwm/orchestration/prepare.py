@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -46,6 +47,9 @@ def prepare_sets(config: RunConfig, *, missing_only: bool = False) -> None:
         sets = [row for row in sets if not Path(row[2]).expanduser().exists()]
     elif not sets:
         raise UserError("nothing to prepare: set prepare.train and data.train (files, and the folder for their shards)")
+    outputs = [Path(output).expanduser().absolute() for _, _, output in sets]
+    if len(set(outputs)) < len(outputs):
+        raise UserError("two sets have the same output folder: give each data.* a folder of its own")
     for row in sets:
         _check(*row, config.prepare)
     if sets:
@@ -76,16 +80,22 @@ def prepare(key: str, files: str, output: str | Path, config: PrepareConfig) -> 
         UserError: bad input, naming the file; nothing is left behind.
     """
     sources, tokenizer, folder = _check(key, files, output, config)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another folder") from None
     try:
         reports = _pack_all(sources, temporary, config)
         manifest = _manifest(reports, temporary, tokenizer, config, sources)
         manifest.write()
         copy_tokenizer(Path(config.tokenizer).expanduser(), temporary / FOLDER)
         _write_rejects(reports, temporary)
-        os.replace(temporary, folder)
+        os.rename(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({error.strerror}): nothing is left behind") from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -6,13 +6,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
 from synthetic_runs import STEPS, write_run
 
 from ray_dwm.analysis.preferences import Texts, phases
 from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import open_run
-from ray_dwm.errors import UserError
 
 
 class Outline(HTMLParser):
@@ -78,9 +76,3 @@ def test_text_of_a_run_cannot_break_the_page(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("project: ray_dwm", 'project: "<script>alert(1)</script>"'))
     write_report([folder], tmp_path / "report.html")
     assert "<script>" not in (tmp_path / "report.html").read_text()
-
-
-def test_a_missing_output_folder_is_told(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "u", dwm=False, final=3.0)
-    with pytest.raises(UserError, match="create it or choose another --output"):
-        write_report([folder], tmp_path / "nowhere" / "report.html")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import resource
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,45 @@ def half_written(config: RunConfig) -> int:
 def test_half_written_checkpoints_are_passed_over(shards: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50")
     assert run(1, tmp_path / "p", half_written, config) == 1
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def cut(checkpoint: Path, mark: Path) -> None:
+    file = next(checkpoint.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+def poison(checkpoint: Path, mark: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))
+
+
+def load_spoiled(config: RunConfig, spoil: Callable[[Path, Path], None], mark: Path) -> str:
+    """What loading says when the newest of two checkpoints was spoiled."""
+    subject = checkpointer(config)
+    for step in (1, 2):
+        subject.save(step, Cursor(step))
+    spoil(config.run_dir / "checkpoints" / "step_000000002", mark)
+    with pytest.raises(TrainingError) as raised:
+        checkpointer(config).load_latest()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("spoil", [cut, poison])
+def test_a_damaged_or_hostile_checkpoint_is_refused(shards: dict[str, Path], tmp_path: Path, spoil: Any) -> None:
+    config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50")
+    message = run(1, tmp_path / "p", load_spoiled, config, spoil, tmp_path / "mark")
+    assert "step_000000002 is damaged" in message and "remove it to continue from step_000000001" in message
+    assert "\n" not in message
+    assert not (tmp_path / "mark").exists()
 
 
 def write_limit(config: RunConfig) -> tuple[str, list[str], bool]:

@@ -12,9 +12,9 @@ from gloo import run
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
+from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.metrics import read_metrics
 from ray_dwm.engine.setup import build, check_data, read_plan
 from ray_dwm.models.lm import build_lm, lm_config
 

@@ -12,9 +12,9 @@ from gloo import run
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
+from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.metrics import read_metrics
 from ray_dwm.engine.setup import build
 from ray_dwm.errors import TrainingError
 

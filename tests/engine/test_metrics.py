@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ray_dwm.engine.metrics import JsonlSink, WeightsWriter, read_metrics
+from ray_dwm.data.records import read_metrics
+from ray_dwm.engine.metrics import JsonlSink, WeightsWriter
 
 
 def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:

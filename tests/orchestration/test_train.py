@@ -18,7 +18,7 @@ from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
 from ray_dwm.config import RunConfig
-from ray_dwm.engine.metrics import read_metrics
+from ray_dwm.data.records import read_metrics
 from ray_dwm.models.hf import load_dwm
 
 TIMES = ("seconds/", "bilevel_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
