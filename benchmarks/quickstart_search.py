@@ -56,7 +56,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def measure(seed: int, variant: str) -> dict[str, Any]:
-    """One run; a collapse of the weights is a result too."""
+    """One run; that it failed is a result too."""
     folder = Path(tempfile.mkdtemp())
     overrides = [f"seed={seed}", f"storage={folder}", "tracking.wandb=off", f"checkpoint.every={10**9}"]
     config = load([CONFIG], [*overrides, *VARIANTS[variant]])
@@ -85,13 +85,13 @@ def table(runs: list[dict[str, Any]]) -> str:
         done = [run for run in runs if run["variant"] == variant and "final" in run and run["seed"] in base]
         failed = sum(run["variant"] == variant and "failed" in run for run in runs)
         if not done:
-            lines += [f"{variant:<14}{failed:>6}  collapsed"] if failed else []
+            lines += [f"{variant:<14}{failed:>6}  failed"] if failed else []
             continue
         line = f"{variant:<14}{len(done):>6}{sum(run['mean_ess'] for run in done) / len(done):>6.0%}"
         for name in sets:
             gaps = [run["final"][name] - base[run["seed"]][name] for run in done]
             line += f"{sum(gaps) / len(gaps):>+10.3f} [{min(gaps):+.3f}, {max(gaps):+.3f}]".rjust(26)
-        lines.append(line + (f"  ({failed} collapsed)" if failed else ""))
+        lines.append(line + (f"  ({failed} failed)" if failed else ""))
     return "\n".join(lines)
 
 
@@ -109,7 +109,7 @@ def main() -> None:
             kept = [run for run in content["runs"] if (run["seed"], run["variant"]) != (seed, variant)]
             content["runs"] = [*kept, measure(seed, variant)]
             args.output.write_text(json.dumps(content, indent=2) + "\n")
-            print(f"seed {seed} {variant}: {content['runs'][-1].get('final', 'collapsed')}", flush=True)
+            print(f"seed {seed} {variant}: {content['runs'][-1].get('final', 'failed')}", flush=True)
     print(table(content["runs"]))
 
 

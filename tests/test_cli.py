@@ -129,6 +129,16 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("data.target=", "data.target is empty"),
         ("train.global_batch=128", "fewer than a global batch of 128"),
         ("nonsense", "is not of the form key=value"),
+        ("name=..", "name is '..'"),
+        ("name=" + "x" * 300, "at most 128"),
+        ("storage=s3://bucket/runs", "it must be a mounted folder"),
+        ("storage=", "storage is empty"),
+        ("seed=-1", "seed is -1"),
+        ("data.held_out.target=x", "a set named 'target'"),
+        ("cluster.gpus_per_worker=-1", "cluster.gpus_per_worker is -1"),
+        ("cluster.max_failures=-2", "cluster.max_failures is -2"),
+        ("train.clip_norm=-1", "train.clip_norm is -1"),
+        ("lm.seq_len=1", "lm.seq_len is 1"),
     ],
 )
 def test_wrong_configuration(
@@ -185,6 +195,8 @@ def test_storage_that_cannot_be_written(
         (["evaluate", "nowhere", "nowhere"], "neither a finished run folder nor a Hugging Face folder"),
         (["export", "nowhere", "out"], "no finished run folder"),
         (["analyze", "nowhere"], "no finished run folder"),
+        (["analyze", "nowhere", "--output", "."], "name a file in a folder that exists"),
+        (["evaluate", "nowhere", "nowhere", "--output", "no/where.json"], "name a file in a folder that exists"),
     ],
 )
 def test_wrong_arguments(

@@ -53,6 +53,9 @@ def test_plain_text_is_one_document_of_the_domain_that_its_name_says(tmp_path: P
         (b'{"text": 3}', "no field `text`"),
         (b'{"text": "  "}', "empty text"),
         (b'{"text": "x", "domain": 3}', "is no string"),
+        (b'{"text": "bad \\ud800"}', "lone surrogates"),
+        (b'{"text": "x", "domain": "\\ud800"}', "lone surrogates"),
+        (b"[" * 200_000, "no JSON"),
         (b'{"text": "\xff\xfe"}', "no JSON"),
     ],
 )

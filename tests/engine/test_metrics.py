@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.metrics import JsonlSink, WeightsWriter
+from ray_dwm.errors import DataError
 
 
 def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:
@@ -23,6 +25,13 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     sink.log({"step": 4, "loss": 0.5})
     sink.close(0)
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 0.5)]
+
+
+def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
+    with pytest.raises(DataError, match="line 2 is damaged"):
+        read_metrics(path)
 
 
 def test_weights_after_the_checkpoint_are_written_anew(tmp_path: Path) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from synthetic import tiny_config
+from synthetic import make_shards, tiny_config
 
 from ray_dwm.config import load, to_yaml
 from ray_dwm.engine.rundir import check, claim, raise_failure, record_failure
-from ray_dwm.errors import ConfigError, TrainingError, UserError
+from ray_dwm.errors import ConfigError, DataError, TrainingError, UserError
 
 HOLD = """
 import sys
@@ -65,3 +66,17 @@ def test_the_first_failure_is_the_one_that_is_told(shards: dict[str, Path], tmp_
             raise_failure(config)
     with claim(config):  # a new attempt starts without it
         raise_failure(config)
+
+
+def test_shards_that_changed_under_a_run_are_refused(tmp_path: Path) -> None:
+    folders = {name: tmp_path / "shards" / name for name in ("train", "target", "held_out")}
+    for folder in folders.values():
+        make_shards(folder, good=16, noise=16)
+    config = tiny_config(folders, tmp_path)
+    with claim(config):
+        pass
+    check(config)
+    shutil.rmtree(folders["target"])
+    make_shards(folders["target"], good=20, noise=12)
+    with pytest.raises(DataError, match="the shards of target are not those"):
+        check(config)

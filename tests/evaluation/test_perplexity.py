@@ -86,3 +86,33 @@ def test_table_and_json_say_the_same(tmp_path: Path) -> None:
     write_json(results, tmp_path / "out.json")
     assert [row["domain"] for row in json.loads((tmp_path / "out.json").read_text())] == ["all", "good", "noise"]
     assert f"{math.log(VOCAB):.4f}" in format_table(results)
+
+
+def test_damaged_shards_are_refused(tmp_path: Path) -> None:
+    make_shards(tmp_path / "set", good=4, noise=4, files=1)
+    path = tmp_path / "set" / "part-0.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="differs from its checksum"):
+        evaluate_folders(uniform_lm(tmp_path / "lm"), [tmp_path / "set"])
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    make_shards(tmp_path / "set", good=4, noise=4)
+    folder = uniform_lm(tmp_path / "lm")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="was made with tokenizer synthetic"):
+        evaluate_folders(folder, [tmp_path / "set"])
+
+
+def test_code_beside_an_lm_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = uniform_lm(tmp_path / "lm")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "x", "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "x.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot be loaded as an LM"):
+        load_lm(folder)
+    assert not (tmp_path / "mark").exists()

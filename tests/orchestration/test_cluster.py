@@ -8,7 +8,7 @@ import pytest
 from orchestration.conftest import Console
 from synthetic import tiny_config
 
-from ray_dwm.orchestration.cluster import needed
+from ray_dwm.orchestration.cluster import _cpus, _fitting, needed
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,16 @@ def test_unreachable_cluster(shards: dict[str, Path], console: Console, tmp_path
 )
 def test_needed(shards: dict[str, Path], tmp_path: Path, overrides: list[str], expected: dict[str, float]) -> None:
     assert needed(tiny_config(shards, tmp_path, "train.micro_batch=1", *overrides)) == expected
+
+
+def test_a_private_cluster_has_room_for_both_runs_of_a_comparison(shards: dict[str, Path], tmp_path: Path) -> None:
+    uniform = tiny_config(shards, tmp_path, "cluster.workers=2", "dwm.enabled=false")
+    assert _cpus(uniform, dwm=True) == needed(tiny_config(shards, tmp_path, "cluster.workers=2"))["CPU"]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "expected"), [({"CPU": 2, "GPU": 0}, 3), ({"CPU": 5, "GPU": 0}, 0), ({"CPU": 1, "GPU": 1}, 2)]
+)
+def test_a_worker_never_spans_two_nodes(bundle: dict[str, float], expected: int) -> None:
+    nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}]
+    assert _fitting(nodes, bundle) == expected
