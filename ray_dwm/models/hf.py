@@ -21,7 +21,7 @@ tags: [llama, ray_dwm]
 ---
 # {name}
 
-A Llama LM trained with [ray_dwm](https://pypi.org/project/ray-dwm/) for {tokens:,} tokens ({steps} steps),
+A Llama LM trained with ray_dwm for {tokens:,} tokens ({steps} steps),
 with {weighting} weights. The resolved configuration is in `ray_dwm_config.yaml`.
 """
 
