@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from common import RESULTS, run_ranks, versions
 
+from ray_dwm.analysis.verdict import crossing
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.loop import Trainer
@@ -67,20 +68,23 @@ def measure(seed: int, variant: str) -> dict[str, Any]:
         result = {"failed": str(error).strip().splitlines()[-1]}
     finally:
         shutil.rmtree(folder)
-    return {
-        "seed": seed,
-        "variant": variant,
-        "overrides": VARIANTS[variant],
-        **result,
-        "s": time.perf_counter() - start,
-    }
+    run = {"seed": seed, "variant": variant, "overrides": VARIANTS[variant], **result}
+    return {**run, "seconds": time.perf_counter() - start}
+
+
+def tokens_saved(run: dict[str, Any], uniform: dict[str, Any]) -> str:
+    """Change of the tokens after which the target loss is at the uniform run's last, as the verdict has it."""
+    tokens, losses = zip(*run["target_curve"], strict=True)
+    total, level = uniform["target_curve"][-1]
+    reached = crossing(list(tokens), list(losses), level)
+    return "never" if reached is None else f"{reached / total - 1:+.0%}"
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Differences to the uniform run of the same seed, mean over seeds with their range."""
-    base = {run["seed"]: run["final"] for run in runs if run["variant"] == "uniform"}
-    sets = list(next(iter(base.values())))
-    lines = [f"{'variant':<14}{'seeds':>6}{'ESS':>6}" + "".join(f"{name[4:-5]:>26}" for name in sets)]
+    base = {run["seed"]: run for run in runs if run["variant"] == "uniform"}
+    sets = list(next(iter(base.values()))["final"])
+    lines = [f"{'variant':<14}{'seeds':>6}{'ESS':>6}" + "".join(f"{name[4:-5]:>26}" for name in sets) + "  tokens"]
     for variant in VARIANTS:
         done = [run for run in runs if run["variant"] == variant and "final" in run and run["seed"] in base]
         failed = sum(run["variant"] == variant and "failed" in run for run in runs)
@@ -89,8 +93,9 @@ def table(runs: list[dict[str, Any]]) -> str:
             continue
         line = f"{variant:<14}{len(done):>6}{sum(run['mean_ess'] for run in done) / len(done):>6.0%}"
         for name in sets:
-            gaps = [run["final"][name] - base[run["seed"]][name] for run in done]
+            gaps = [run["final"][name] - base[run["seed"]]["final"][name] for run in done]
             line += f"{sum(gaps) / len(gaps):>+10.3f} [{min(gaps):+.3f}, {max(gaps):+.3f}]".rjust(26)
+        line += "  " + " ".join(tokens_saved(run, base[run["seed"]]) for run in done)
         lines.append(line + (f"  ({failed} failed)" if failed else ""))
     return "\n".join(lines)
 
@@ -99,11 +104,17 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument(
+        "--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="none: only print the table"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "quickstart_search.json")
     args = parser.parse_args()
+    unknown = set(args.variants) - VARIANTS.keys()
+    if unknown:
+        parser.error(f"no variant {min(unknown)!r}: use {', '.join(VARIANTS)}")
     content = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
-    content |= {"benchmark": "quickstart_search", "versions": versions(), "config": CONFIG.read_text()}
+    if args.variants:
+        content |= {"benchmark": "quickstart_search", "versions": versions(), "config": CONFIG.read_text()}
     for seed in args.seeds:
         for variant in args.variants:
             kept = [run for run in content["runs"] if (run["seed"], run["variant"]) != (seed, variant)]

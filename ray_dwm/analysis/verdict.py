@@ -21,7 +21,11 @@ class Row:
 
 def tokens_to_reach(run: Run, key: str, level: float) -> float | None:
     """Tokens after which a loss first fell to a level, between evaluations by a straight line; None if never."""
-    tokens, losses = run.series(key)
+    return crossing(*run.series(key), level)
+
+
+def crossing(tokens: list[float], losses: list[float], level: float) -> float | None:
+    """Where a curve first falls to a level, between its points by a straight line; None if never."""
     for index, loss in enumerate(losses):
         if loss <= level:
             if index == 0:

@@ -5,7 +5,7 @@ the LM and to transfer between LMs:
 - a sequence encoder of its own (token embedding, depthwise convolutions, attention pooling), linear in the
   sequence's length; nothing has the LM's width;
 - beside it a bag of tokens, one learnt number per vocabulary entry: log-linear weights as DSIR has them (Xie et al.
-  2023), but learnt by the hypergradient. It finds in tens of updates what the encoder needs hundreds for;
+  2023), but learnt by the hypergradient. It learns in fewer updates than the encoder;
 - optional LM statistics (loss, entropy), standardised within the batch so that they have no LM's scale;
 - self-attention over the batch without positions: scores are joint over the batch and permutation-equivariant;
 - a score head and a bag that start at zero: version 0 weighs exactly uniformly.

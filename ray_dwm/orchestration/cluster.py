@@ -43,7 +43,7 @@ def connect(config: RunConfig) -> None:
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
             cpus = max(os.cpu_count() or 1, _cpus(config, dwm=True))  # `compare` trains with and without in turn
-            ray.init(address="local", num_cpus=int(cpus), include_dashboard=False, runtime_env=environment, **quiet)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster answers at {address or 'this machine'} ({str(error).splitlines()[0]}): start one with "

@@ -77,6 +77,14 @@ def test_weights_that_underflow_have_a_finite_gradient(kl: float, dtype: torch.d
     torch.testing.assert_close(score_gradient(z.detach(), a, kl, 1.0, 0.0), z.grad)
 
 
+@pytest.mark.parametrize(("kl", "share"), [(0.1, 0.02), (1.0, 0.43)])
+def test_effective_sample_size_at_the_optimum(kl: float, share: float) -> None:
+    """What docs/bilevel.md says of a DWM that predicts standard normal alignments of 64 sequences."""
+    a = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    sizes = torch.stack([effective_sample_size(torch.softmax(-row / kl, 0)) for row in a])
+    assert float(sizes.mean()) / 64 == pytest.approx(share, abs=0.01)
+
+
 def test_tiny_alignments_are_standardised_too() -> None:
     scaled, _ = standardise(torch.tensor([1.0, 2.0, 4.0]) * 1e-24, 0.0, 0.9)
     assert float(scaled.square().mean()) == pytest.approx(1.0)
