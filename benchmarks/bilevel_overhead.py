@@ -8,22 +8,17 @@ beside training, here the training process does, so `overhead_beside` leaves it 
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from common import TimedSource, make_shards, parser, run_config, run_ranks, spread, write_result
+from common import make_shards, parser, run_config, run_ranks, spread, timed_fit, write_result
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
-from ray_dwm.data.shards import open_shards
-from ray_dwm.engine.batch import LocalSource
 from ray_dwm.engine.learner import Feedback, LocalWeightService
-from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.setup import build, build_learner, check_data, read_plan
+from ray_dwm.engine.setup import build_learner, check_data
 
 
 class TimedService(LocalWeightService):
@@ -40,16 +35,10 @@ class TimedService(LocalWeightService):
 
 def turn(config: RunConfig, steps: int, name: str) -> dict[str, Any]:
     """Seconds of a turn, mean seconds of the phases of a step, and of the parts of a bi-level step."""
-    config = dataclasses.replace(config, name=name)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    train = check_data(config)
-    local = LocalSource(
-        open_shards(config.data.train), read_plan(config, train), dist.get_rank(), dist.get_world_size()
-    )
-    source, service = TimedSource(local, steps), TimedService(build_learner(config, train))
-    Trainer(build(config, source=source, service=service)).fit()
-    lines = read_metrics(config.run_dir / "metrics.jsonl")[2:]
-    result = {"turn_s": source.seconds, **_means(lines, "seconds/")}
+    service = TimedService(build_learner(config, check_data(config)))
+    seconds = timed_fit(config, steps, name, service)
+    lines = read_metrics(config.run_dir.parent / name / "metrics.jsonl")[2:]
+    result = {"turn_s": seconds, **_means(lines, "seconds/")}
     bilevel = [line for line in lines if "bilevel_seconds/contraction" in line]
     if bilevel:
         result |= _means(bilevel, "bilevel_seconds/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -22,9 +23,12 @@ import torch.multiprocessing as mp
 from ray_dwm import __version__
 from ray_dwm.config import RunConfig, load, to_dict
 from ray_dwm.data.manifest import DomainStats, Manifest
-from ray_dwm.data.shards import Rows, write_shard
-from ray_dwm.engine.batch import BatchSource
+from ray_dwm.data.shards import Rows, open_shards, write_shard
+from ray_dwm.engine.batch import BatchSource, LocalSource
+from ray_dwm.engine.learner import WeightService
+from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import device, init_mesh
+from ray_dwm.engine.setup import build, check_data, read_plan
 
 RESULTS = Path(__file__).parent / "results"
 WARM_STEPS = 2
@@ -106,6 +110,17 @@ class TimedSource:
             elif index == WARM_STEPS + self._steps:
                 self.seconds = now() - start
             yield rows
+
+
+def timed_fit(config: RunConfig, steps: int, name: str, service: WeightService | None = None) -> float:
+    """Seconds of `steps` steps of a run of that name, from its start."""
+    config = dataclasses.replace(config, name=name)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    plan = read_plan(config, check_data(config))
+    local = LocalSource(open_shards(config.data.train), plan, dist.get_rank(), dist.get_world_size())
+    source = TimedSource(local, steps)
+    Trainer(build(config, source=source, service=service)).fit()
+    return source.seconds
 
 
 def now() -> float:

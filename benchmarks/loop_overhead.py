@@ -8,7 +8,6 @@ as ready tensors and does nothing else. The figure is the ratio of tokens per se
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import WARM_STEPS, TimedSource, make_shards, now, parser, run_config, run_ranks, spread, write_result
+from common import WARM_STEPS, make_shards, now, parser, run_config, run_ranks, spread, timed_fit, write_result
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
 
 from ray_dwm.config import RunConfig
-from ray_dwm.data.shards import open_shards
-from ray_dwm.engine.batch import LocalSource
-from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import device
-from ray_dwm.engine.setup import build, check_data, read_plan, seq_len
+from ray_dwm.engine.setup import check_data, seq_len
 from ray_dwm.models.lm import lm_config
-
-
-def ours(config: RunConfig, steps: int, turn: int) -> float:
-    """Seconds of `steps` steps of `Trainer.fit`."""
-    config = dataclasses.replace(config, name=f"turn{turn}")
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    plan = read_plan(config, check_data(config))
-    local = LocalSource(open_shards(config.data.train), plan, dist.get_rank(), dist.get_world_size())
-    source = TimedSource(local, steps)
-    Trainer(build(config, source=source)).fit()
-    return source.seconds
 
 
 def bare(config: RunConfig, steps: int) -> float:
@@ -79,7 +64,7 @@ def measure(config: RunConfig, steps: int, rounds: int) -> dict[str, list[float]
     """Seconds of every turn of both."""
     turns: dict[str, list[float]] = {"bare": [], "ours": []}
     for turn in range(rounds):
-        for name, value in (("bare", bare(config, steps)), ("ours", ours(config, steps, turn))):
+        for name, value in (("bare", bare(config, steps)), ("ours", timed_fit(config, steps, f"turn{turn}"))):
             turns[name].append(value)
     return turns
 

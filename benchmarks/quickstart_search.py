@@ -47,7 +47,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(build(config))
     trainer.fit()
-    final = trainer.evaluate_all()
+    final = trainer.evaluate()
     if dist.get_rank():
         return {}
     lines = read_metrics(config.run_dir / "metrics.jsonl")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from ray_dwm.analysis.preferences import Texts, phases
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import differences, verdict
 from ray_dwm.config import to_yaml
+from ray_dwm.data.records import write_whole
 
 
 def write_report(folders: list[Path], output: Path) -> None:
@@ -25,11 +24,7 @@ def write_report(folders: list[Path], output: Path) -> None:
     """
     runs = [open_run(folder) for folder in folders]
     environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
-    page = environment.get_template("report.html").render(**_content(runs))
-    with tempfile.NamedTemporaryFile("w", prefix=".", dir=output.absolute().parent, delete=False) as stream:
-        stream.write(page)
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, output)
+    write_whole(output.absolute(), environment.get_template("report.html").render(**_content(runs)))
 
 
 def _content(runs: list[Run]) -> dict[str, Any]:

@@ -1,12 +1,20 @@
-"""JSON that runs leave behind, read back with one clear line where it is damaged."""
+"""Small files that runs leave behind: written whole or not at all, read back with one clear line if damaged."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from ray_dwm.errors import DataError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears, or replaces its forerunner, in one go."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

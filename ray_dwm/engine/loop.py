@@ -7,7 +7,6 @@ read a global batch -> weigh it -> take the LM's step -> every N steps feed the 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,7 +106,7 @@ class Trainer:
         try:
             figures: dict[str, float] = {}
             if step == 0:
-                figures = self._log({"step": 0, "tokens": 0, **self._evaluate(config.train.eval_sequences)})
+                figures = self._log({"step": 0, "tokens": 0, **self.evaluate(config.train.eval_sequences)})
             batches = self._parts.source.stream(cursor.batches, config.train.steps)
             while step < config.train.steps:
                 with self._clock.phase("data"):
@@ -118,7 +117,7 @@ class Trainer:
                 with self._clock.phase("log"):
                     figures = self._figures(step, batch, result)
                 if step % config.train.eval_every == 0 or step == config.train.steps:
-                    figures |= self._evaluate(config.train.eval_sequences)
+                    figures |= self.evaluate(config.train.eval_sequences)
                 figures = self._log(figures)
                 if step % config.checkpoint.every == 0 or step == config.train.steps:
                     self._checkpoint(step, cursor, figures)
@@ -163,8 +162,8 @@ class Trainer:
         start = dist.get_rank() * share
         return self._batch(reader.take(rows[start : start + share]))
 
-    def _evaluate(self, sequences: int | None = None) -> dict[str, float]:
-        """Losses over `sequences` rows of every evaluation set; None: over all."""
+    def evaluate(self, sequences: int | None = None) -> dict[str, float]:
+        """Losses over `sequences` rows of every evaluation set, or over all of them; collective."""
         parts, micro = self._parts, self._config.train.micro_batch
         losses = {}
         for name, reader in parts.evaluation.items():
@@ -172,10 +171,6 @@ class Trainer:
             batches = stream(reader, rows, micro, parts.seq_len, parts.device)
             losses[f"val/{name}/loss"] = mean_loss(self._lower.model, batches)
         return losses
-
-    def evaluate_all(self) -> dict[str, float]:
-        """Losses over whole evaluation sets; collective."""
-        return self._evaluate()
 
     def _figures(self, step: int, batch: Batch, result: StepResult) -> dict[str, float]:
         """A step's line of metrics.jsonl."""
@@ -264,10 +259,3 @@ def overhead(seconds: Mapping[str, float]) -> float:
     """Time of what plain training does not have over the time of the rest."""
     extra = sum(seconds[name] for name in EXTRA)
     return extra / max(sum(seconds[name] for name in PHASES) - extra, 1e-9)
-
-
-def write_summary(path: Path, summary: dict[str, object]) -> None:
-    """summary.json: the final figures; its presence says that the run is complete."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(path)

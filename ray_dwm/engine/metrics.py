@@ -11,7 +11,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_dwm.data.records import read_metrics
+from ray_dwm.data.records import read_metrics, write_whole
 
 Metrics = Mapping[str, float]
 
@@ -45,9 +45,7 @@ class JsonlSink:
     def __init__(self, path: Path, resume_step: int) -> None:
         # A run that starts anew logs its step 0 again.
         kept = [x for x in read_metrics(path) if x["step"] <= resume_step] if resume_step and path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = path.open("a")
 
     def log(self, metrics: Metrics) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray_dwm.config import RunConfig, load, to_dict, to_yaml
 from ray_dwm.data.manifest import MANIFEST, file_sha256
-from ray_dwm.data.records import read_json
+from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, UserError
 
 # What may differ when a run is resumed: where and on what it runs, not what it computes.
@@ -65,8 +65,8 @@ def claim(config: RunConfig) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         check(config)  # again, now that nobody else can change it
-        _write(config.run_dir / "config.yaml", to_yaml(config))
-        _write(config.run_dir / _DATA, json.dumps(data_digests(config), indent=2) + "\n")
+        write_whole(config.run_dir / "config.yaml", to_yaml(config))
+        write_whole(config.run_dir / _DATA, json.dumps(data_digests(config), indent=2) + "\n")
         failure_path(config).unlink(missing_ok=True)
         yield
 
@@ -97,12 +97,6 @@ def _check_data(config: RunConfig) -> None:
             )
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -119,9 +113,7 @@ def record_failure(config: RunConfig, error: DwmError) -> None:
     """Leave the reason; the first one stays."""
     path = failure_path(config)
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"message": str(error), "exit_code": error.exit_code}))
-        os.replace(temporary, path)
+        write_whole(path, json.dumps({"message": str(error), "exit_code": error.exit_code}))
 
 
 def raise_failure(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ import uuid
 from typing import Any
 
 from ray_dwm.config import RunConfig, to_dict
+from ray_dwm.data.records import write_whole
 from ray_dwm.engine.metrics import Metrics, MetricSink
 from ray_dwm.errors import TrainingError
 
@@ -49,7 +50,7 @@ def _run_id(config: RunConfig) -> str:
     """An id of this run folder's own: a restart continues its W&B run, another run of the same name does not."""
     path = config.run_dir / "wandb_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
+        write_whole(path, uuid.uuid4().hex[:12])
     return path.read_text()
 
 

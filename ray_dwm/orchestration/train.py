@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import Manifest, load_manifest
-from ray_dwm.data.records import read_metrics
+from ray_dwm.data.records import read_metrics, write_whole
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.export import export_dwm, export_lm
-from ray_dwm.engine.loop import PHASES, Trainer, overhead, write_summary
+from ray_dwm.engine.loop import PHASES, Trainer, overhead
 from ray_dwm.engine.mesh import init_mesh
 from ray_dwm.engine.rundir import check, claim, failure_path, raise_failure, read_summary, record_failure
 from ray_dwm.engine.setup import build as build_parts
@@ -136,11 +137,12 @@ def _run(config: RunConfig) -> None:
     )
     trainer = Trainer(parts)
     trainer.fit()
-    final = trainer.evaluate_all()
+    final = trainer.evaluate()
     export_lm(parts, train_set)
     export_dwm(parts, train_set, config.train.steps)  # again: a kill after the last checkpoint may have prevented it
     if rank == 0:
-        write_summary(config.run_dir / "summary.json", _summary(config, world, final))
+        # Its presence says that the run is complete.
+        write_whole(config.run_dir / "summary.json", json.dumps(_summary(config, world, final), indent=2) + "\n")
 
 
 def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str, Any]:
