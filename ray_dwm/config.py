@@ -62,6 +62,8 @@ class PrepareConfig:
     train: str = ""
     """Files for data.train: a folder, a file or a glob of .jsonl, .jsonl.zst, .parquet or .txt."""
     target: str = ""
+    more_targets: dict[str, str] = field(default_factory=dict)
+    """Name of a further target set -> files."""
     held_out: dict[str, str] = field(default_factory=dict)
     """Name of a held-out set -> files."""
     seq_len: int = 2048
@@ -83,6 +85,8 @@ class DataConfig:
     train: str = ""
     target: str = ""
     """What the upper level minimises."""
+    more_targets: dict[str, str] = field(default_factory=dict)
+    """Name -> shards of further target sets; bilevel.target_weights says how much each counts."""
     held_out: dict[str, str] = field(default_factory=dict)
     """Name -> shards that are only ever evaluated."""
     block_rows: int = 32
@@ -93,11 +97,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive("data", self, "block_rows", "window_blocks", "prefetch_batches")
-        for name in self.held_out:
-            require(
-                bool(_NAME.fullmatch(name)) and name not in ("train", "target"),
-                f"data.held_out has a set named {name!r}: use letters, digits, _ - . and neither train nor target",
-            )
+        for section, names in (("held_out", self.held_out), ("more_targets", self.more_targets)):
+            for name in names:
+                require(
+                    bool(_NAME.fullmatch(name)) and name not in ("train", "target"),
+                    f"data.{section} has a set named {name!r}: use letters, digits, _ - . and neither train nor target",
+                )
+        twice = sorted(self.held_out.keys() & self.more_targets.keys())
+        require(not twice, f"data.held_out and data.more_targets both have a set named {', '.join(twice)}")
+        require(bool(self.target) or not self.more_targets, "data.more_targets needs data.target, the first of them")
 
 
 @frozen
@@ -185,9 +193,22 @@ class BilevelConfig:
 
     every: int = 10
     warmup_steps: int = 20
-    estimator: Literal["central", "exact", "jvp"] = "central"
-    target_batch: int = 32
-    """Target sequences drawn afresh for each bi-level step, over all workers."""
+    estimator: Literal["ghost_lowrank", "one_sided", "central", "ghost", "jvp", "exact"] = "ghost_lowrank"
+    """How the inner products are computed; docs/bilevel.md has measured costs and errors."""
+    rank: int = 32
+    """Rank of ghost_lowrank's sketches."""
+    target_at: Literal["theta_prime", "theta"] = "theta_prime"
+    """Where the target gradient is taken: after the LM's step, as defined, or before it, which ghost needs."""
+    target_batch: int = 16
+    """Target sequences drawn afresh for each bi-level step, over all workers and target sets."""
+    target_weights: dict[str, float] = field(default_factory=dict)
+    """Name of a target set -> its weight in the target loss (1 where it is not named); they are normalised."""
+    fraction: float = 1.0
+    """Part of the training batch that is contracted: 1/m with m a divisor of a worker's sequences."""
+    reuse: int = 1
+    """Bi-level steps that use one target gradient."""
+    max_staleness: int = 50
+    """LM steps after which a reused target gradient is computed anew."""
     kl: float = 1.0
     """Pull to uniform weights, in units of the alignments' standard deviation."""
     updates: int = 2
@@ -195,16 +216,30 @@ class BilevelConfig:
     scale_decay: float = 0.9
     """Memory of the running variance by which alignments are standardised."""
     epsilon: float = 0.0
-    """Length |h u| of the central difference's perturbation; 0 means 1e-2 in fp32, 1e-1 in bf16 (it rounds more)."""
+    """Length |h u| of a finite difference's perturbation; 0 means 1e-2 in fp32, 1e-1 in bf16 (it rounds more)."""
+    fidelity_every: int = 20
+    """Bi-level steps between two checks of the estimator against a better one; 0 switches them off."""
+    fidelity_sequences: int = 16
+    """Training sequences, over all workers, on which it is checked."""
+    min_fidelity: float = 0.0
+    """A warning is printed where the fidelity falls below this; 0 never warns."""
 
     def __post_init__(self) -> None:
-        positive("bilevel", self, "every", "target_batch", "updates")
-        not_negative("bilevel", self, "epsilon", "kl")
-        below_one("bilevel", self, "scale_decay")
+        positive("bilevel", self, "every", "target_batch", "updates", "rank", "reuse", "max_staleness")
+        positive("bilevel", self, "fidelity_sequences")
+        not_negative("bilevel", self, "epsilon", "kl", "fidelity_every")
+        below_one("bilevel", self, "scale_decay", "min_fidelity")
+        for name, weight in self.target_weights.items():
+            require(weight >= 0, f"bilevel.target_weights.{name} is {weight}: it must not be negative")
         require(
             self.warmup_steps >= 1,
             f"bilevel.warmup_steps is {self.warmup_steps}: it must be at least 1, at Adam's first step the "
             "hypergradient is noise",
+        )
+        require(
+            self.estimator != "ghost" or self.target_at == "theta",
+            "bilevel.estimator=ghost contracts inside the LM's backward, before theta' exists: set "
+            "bilevel.target_at=theta, or use ghost_lowrank",
         )
 
 
@@ -280,6 +315,9 @@ class RunConfig:
         self.local_batch("train.global_batch", self.train.global_batch)
         if self.dwm.enabled:
             self.local_batch("bilevel.target_batch", self.bilevel.target_batch)
+            self._check_fraction()
+            self._check_estimator()
+            self._check_targets()
 
     def local_batch(self, key: str, sequences: int) -> int:
         """Sequences per worker, split into whole micro-batches."""
@@ -295,6 +333,40 @@ class RunConfig:
             f"train.micro_batch = {micro}: choose a divisor of {local}",
         )
         return local
+
+    def _check_targets(self) -> None:
+        names = {"target", *self.data.more_targets}
+        for name in self.bilevel.target_weights:
+            require(
+                name in names,
+                f"bilevel.target_weights.{name}: there is no such target set, they are {', '.join(sorted(names))}",
+            )
+        weights = [self.bilevel.target_weights.get(name, 1.0) for name in names]
+        require(sum(weights) > 0, "bilevel.target_weights are all 0: at least one target set must count")
+        parts = len(names) * self.cluster.workers
+        require(
+            self.bilevel.target_batch % parts == 0,
+            f"bilevel.target_batch is {self.bilevel.target_batch}: with {len(names)} target sets and "
+            f"{self.cluster.workers} workers use a multiple of {parts}",
+        )
+
+    def _check_estimator(self) -> None:
+        plain = self.train.optimizer == "sgd" and self.train.momentum == 0
+        require(
+            not (self.bilevel.estimator == "ghost_lowrank" and plain),
+            "bilevel.estimator=ghost_lowrank takes its directions from the optimizer's momentum, and train.momentum is "
+            "0: set bilevel.estimator to one_sided or central",
+        )
+
+    def _check_fraction(self) -> None:
+        local, fraction = self.local_batch("train.global_batch", self.train.global_batch), self.bilevel.fraction
+        divisors = [m for m in range(1, local + 1) if local % m == 0 and self.train.global_batch // m >= 2]
+        fits = any(abs(fraction * m - 1) < 1e-6 for m in divisors)
+        require(
+            fits,
+            f"bilevel.fraction is {fraction:g}: with {local} sequences per worker it must be one of "
+            + ", ".join(f"{1 / m:.6g}" for m in divisors),
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -376,7 +448,8 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
         return build(typing.cast(type, kind), value, f"{path}.")
     if origin is dict:
         require(isinstance(value, Mapping), f"{path} is {value!r}: it must be a mapping")
-        return {str(k): str(v) for k, v in value.items()}
+        of_values = typing.get_args(kind)[1]
+        return {str(k): _convert(v, of_values, f"{path}.{k}") for k, v in value.items()}
     if origin in (typing.Union, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     require(not isinstance(value, (Mapping, list)), f"{path} is {value!r}: it must be a single value")

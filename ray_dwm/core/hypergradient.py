@@ -56,6 +56,20 @@ def adamw_jacobian(
     return jacobian.masked_fill((clipped_grad == 0) | (root == 0), 0.0)  # root: g^2 can underflow
 
 
+def adamw_gain(exp_avg_sq: Tensor, step: int, beta1: float, beta2: float, eps: float) -> Tensor:
+    """The part of D that is known before a step's gradient is: c1 / (sqrt(vh) + eps), with the last second moment.
+
+    Args:
+        exp_avg_sq: second moment BEFORE the step, not bias-corrected.
+        step: number of steps taken before it, at least 1.
+
+    Returns:
+        D without its second term, shaped like the parameter; 0 where no gradient has been seen.
+    """
+    root = (exp_avg_sq / (1 - beta2**step)).sqrt()
+    return ((1 - beta1) / (1 - beta1 ** (step + 1)) / (root + eps)).masked_fill(root == 0, 0.0)
+
+
 def clip_coefficient(norm: float, max_norm: float) -> float:
     """The factor that torch.nn.utils.clip_grad_norm_ applies: min(1, max_norm / (norm + 1e-6))."""
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0

@@ -88,3 +88,21 @@ def standardise(alignments_B: Tensor, running_variance: float, decay: float) -> 
     variance = float(centred_B.double().square().mean())  # fp32 would underflow below 1e-19
     running = variance if running_variance == 0.0 else decay * running_variance + (1 - decay) * variance
     return centred_B / max(math.sqrt(running), torch.finfo(alignments_B.dtype).tiny), running
+
+
+def whole_batch(standard_C: Tensor, positions_C: Tensor, size: int) -> Tensor:
+    """Alignments of a part of the batch, made into a vector over the whole batch that stands for all of it.
+
+    The part's centred alignments times (B - 1) / (C - 1), and 0 elsewhere. Over a random part of C sequences the mean
+    of <result, dw/dphi> is exactly that of all B: sum_i dw_i = 0, and the factor makes up for what centring takes.
+
+    Args:
+        standard_C: alignments, centred over the part, shape (C,), C >= 2 (or C = B).
+        positions_C: their places in the batch, shape (C,).
+        size: B.
+
+    Returns:
+        Shape (B,).
+    """
+    factor = 1.0 if len(standard_C) == size else (size - 1) / (len(standard_C) - 1)
+    return standard_C.new_zeros(size).index_put((positions_C,), factor * standard_C)

@@ -30,6 +30,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def rows(self, rows: Tensor) -> Batch:
+        """The named rows."""
+        keys = rows.cpu()  # ids and domains stay there
+        return Batch(self.sample_ids[keys], self.domains[keys], self.input_ids[rows], self.mask[rows])
+
     def micro_batches(self, size: int) -> list[Batch]:
         """Consecutive parts of at most `size` sequences."""
         return [

@@ -1,80 +1,180 @@
-"""The bi-level step of the LM side: B alignments a_i = dL_target/dw_i, exact for SGD and AdamW with clipping.
+"""The bi-level step of the LM side: alignments a_i = dL_target/dw_i, exact for SGD and AdamW with clipping.
 
 Order of events at a bi-level step, theta -> theta' being the LM's ordinary step:
-    snapshot theta; [step]; v = grad L_target(theta'); u = C^T (D * v); <u, grad l_i(theta)>; back to theta'.
+    begin: remember theta; with target_at=theta, v = grad L_target(theta)
+    [the LM's step; `ghost` and `ghost_lowrank` watch its backward]
+    finish: with target_at=theta_prime, v = grad L_target(theta'); u = C^T (D * v); a_i = -lr <u, grad l_i(theta)>
 Everything works on this rank's shards; inner products are summed over ranks.
+
+Legend: b = this rank's sequences of the global batch, c = those that are contracted.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaForCausalLM
 
 from ray_dwm.config import BilevelConfig
-from ray_dwm.core import estimators
-from ray_dwm.core.hypergradient import adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
-from ray_dwm.core.losses import sample_losses
+from ray_dwm.core.hypergradient import adamw_gain, adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
 from ray_dwm.engine.batch import Batch
-from ray_dwm.engine.mesh import shard, shards_dot
+from ray_dwm.engine.contraction import Estimator, FiniteDifference, Oracle, Problem, Shards, placed, shards_of
+from ray_dwm.engine.ghost import Ghost
+from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard, shards_dot
+from ray_dwm.engine.sketch import GhostLowRank
 from ray_dwm.engine.step import LowerLevel, StepResult, batch_losses, forward_losses, tokens_per_sample
 from ray_dwm.errors import TrainingError
 
-PHASES = ("target_gradient", "direction", "contraction")
+PHASES = ("target_gradient", "direction", "contraction", "watch", "fidelity")
+
+Targets = dict[str, Batch]
+"""This rank's share of the target batch of every target set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a bi-level step brings."""
+
+    alignments_c: Tensor
+    """a_i of the contracted sequences, (c,)."""
+    rows_c: Tensor
+    """Their rows in this rank's share."""
+    figures: dict[str, float]
+    """For metrics.jsonl."""
+
+
+@dataclass(slots=True)
+class _Begun:
+    """What `begin` leaves for `finish`."""
+
+    step: int
+    targets: Targets
+    theta: Shards
+    rows_c: Tensor
+    direction: Shards | None = None
+    """u, where it is made before the step: `ghost`."""
+    audit: bool = False
+    loss: float = math.nan
+    """L_target(theta), where the step is audited."""
+
+
+@dataclass(slots=True)
+class _Gradient:
+    """v, and when it was made."""
+
+    step: int = -1
+    combined: Shards = field(default_factory=list)
+    by_set: dict[str, Shards] = field(default_factory=dict)
+    """Where there is more than one set."""
 
 
 class BilevelStep:
     """Computes the alignments around one LM step.
 
-    Memory on top of training: at most five copies of this rank's shards at once (theta, v, the optimizer's Jacobian
-    and u while the direction is computed; theta, theta', u and the values that are written during the contraction).
+    Memory on top of training: up to five copies of this rank's shards at once (theta, v, the optimizer's Jacobian
+    and u while the direction is computed; theta, theta', u and the values that are written during a finite
+    difference), and one more for every further target set.
     """
 
     def __init__(self, lower: LowerLevel, config: BilevelConfig) -> None:
         self._lower, self._config = lower, config
         # The list must be taken while the model is sharded: after a forward the root stays gathered.
         self._parameters = lower.parameters
-        self._epsilon = config.epsilon or (1e-1 if lower.config.precision == "bf16" else 1e-2)
+        self._estimator = build_estimator(lower, config)
+        self._judge = FiniteDifference(lower, config, "richardson")
+        self._gradient = _Gradient()
+        self._begun: _Begun | None = None
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        """Of the last bi-level step, by part; `watch` ran inside the LM's step."""
 
-    @torch.no_grad()
-    def snapshot(self) -> list[Tensor]:
-        """A copy of theta, this rank's shards, before the step."""
-        return [shard(p).clone() for p in self._parameters]
+    @property
+    def watch_seconds(self) -> float:
+        """Seconds that the estimator took inside the LM's step."""
+        return self._estimator.watch_seconds
 
-    def alignments(self, theta: list[Tensor], batch: Batch, result: StepResult, target: Batch) -> Tensor:
-        """a_i of this rank's share, (b,), after the step; the gradients are consumed, theta' is restored.
-
-        Args:
-            theta: `snapshot()` taken before the step.
-            batch: the training batch of the step.
-            target: this rank's share of the target batch.
-        """
-        clipped = [torch.zeros_like(shard(p)) if p.grad is None else shard(p.grad) for p in self._parameters]
-        self._lower.zero_grad()
-        with self._timed("target_gradient"):
-            v = self._target_gradient(target)
+    def begin(self, step: int, update: int, batch: Batch, targets: Targets) -> None:
+        """Before LM step `step`, which makes DWM version `update` + 1."""
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        stride = round(1 / self._config.fraction)
+        rows_c = torch.arange(update % stride, len(batch), stride, device=batch.input_ids.device)
+        begun = _Begun(step, targets, self._lower.snapshot(), rows_c)
+        begun.audit = self._config.fidelity_every > 0 and update % self._config.fidelity_every == 0
+        if begun.audit:
+            with self._timed("fidelity"):
+                begun.loss = self._target_loss(targets)
+        if self._config.target_at == "theta":
+            self._refresh(step, update, targets)
+            if self._config.estimator == "ghost":
+                with self._timed("direction"), torch.no_grad():
+                    begun.direction = [self._gain(p) * x for p, x in zip(self._parameters, self._v, strict=True)]
         with self._timed("direction"):
-            u = self._direction(v, clipped, result.grad_norm)
-            del v, clipped
-            norm = shards_dot(u, u) ** 0.5
-            if not math.isfinite(norm):
-                raise TrainingError(
-                    f"the target set's gradient is not finite ({norm}) after a step of learning rate {result.lr:g}: "
-                    "lower train.lr; the last checkpoint is intact"
-                )
+            self._estimator.watch(rows_c, begun.direction)
+        self._begun, self._update = begun, update
+
+    def finish(self, batch: Batch, result: StepResult) -> Outcome:
+        """After the LM's step; its gradients are consumed, theta' is left in place.
+
+        Raises:
+            TrainingError: the target's gradient or an alignment is not finite.
+        """
+        begun, self._begun = self._begun, None
+        assert begun is not None, "begin comes first"
+        self.seconds["watch"] = self.watch_seconds
+        clipped = [x.clone() for x in shards_of(self._parameters)] if begun.audit else shards_of(self._parameters)
+        self._lower.zero_grad()
+        if self._config.target_at == "theta_prime":
+            self._refresh(begun.step, self._update, begun.targets)
+        with self._timed("direction"), torch.no_grad():
+            figures = self._by_set(clipped, result)
+            u = begun.direction or self._direction(self._v, clipped, result.grad_norm)
+            self._require_finite(u, result)
         with self._timed("contraction"):
-            dots_b = self._contract(theta, u, norm, batch, result.tokens_per_sample)
-        return -result.lr * dots_b
+            dots_c = self._estimator.contract(self._problem(begun, u, batch, result, begun.rows_c))
+        if begun.direction is not None:  # the clipping was not known yet; its radial part stays unknown
+            dots_c = clip_coefficient(result.grad_norm, self._lower.config.clip_norm) * dots_c
+        if not bool(torch.isfinite(all_sum(dots_c.sum()))):
+            raise TrainingError(
+                f"the alignments of step {begun.step} are not finite (bilevel.estimator={self._config.estimator}): try "
+                "bilevel.estimator=central, or lower train.lr; the last checkpoint is intact"
+            )
+        if begun.audit:
+            with self._timed("fidelity"):
+                figures |= self._audit(begun, dots_c, clipped, batch, result)
+        if self._config.reuse == 1:
+            self._gradient = _Gradient()
+        return Outcome(-result.lr * dots_c, begun.rows_c, figures)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep: the target gradient that the next updates will use again."""
+        if self._config.reuse == 1:
+            return {}
+        kept = self._gradient.combined or [torch.zeros_like(shard(p)) for p in self._parameters]
+        state = {f"v.{i}": placed(p, x) for i, (p, x) in enumerate(zip(self._parameters, kept, strict=True))}
+        return {"step": torch.tensor(self._gradient.step), **state}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        if state and int(state["step"]) >= 0:
+            kept = [shard(state[f"v.{i}"]) for i in range(len(self._parameters))]
+            self._gradient = _Gradient(int(state["step"]), kept)
+
+    def _problem(self, begun: _Begun, u: Shards, batch: Batch, result: StepResult, rows_c: Tensor) -> Problem:
+        start = dist.get_rank() * len(batch)
+        return Problem(
+            theta=begun.theta,
+            direction=u,
+            batch=batch.rows(rows_c),
+            losses_c=result.losses_b[rows_c],
+            scale_c=dist.get_world_size() * result.weights_B[start + rows_c],
+            tokens=result.tokens_per_sample,
+        )
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -82,21 +182,53 @@ class BilevelStep:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] += time.perf_counter() - start
 
-    def _target_gradient(self, target: Batch) -> list[Tensor]:
-        """v = grad of the target batch's token mean at theta', in fp32."""
-        size = len(target) * dist.get_world_size()
-        tokens = tokens_per_sample(target, size)
-        for part in target.micro_batches(self._lower.config.micro_batch):
-            _, losses_m = forward_losses(self._lower.model, part, tokens)
-            (dist.get_world_size() * losses_m.sum() / size).backward()
-        v = [torch.zeros_like(shard(p)) if p.grad is None else shard(p.grad) for p in self._parameters]
-        self._lower.zero_grad()
-        return v
+    @property
+    def _v(self) -> Shards:
+        return self._gradient.combined
+
+    def _refresh(self, step: int, update: int, targets: Targets) -> None:
+        """Make v anew where it is due: every `reuse`-th update, or when it is too old."""
+        old = self._gradient
+        fresh_enough = old.combined and step - old.step <= self._config.max_staleness
+        if fresh_enough and update % self._config.reuse:
+            return
+        with self._timed("target_gradient"):
+            self._gradient = self._target_gradient(step, targets)
+
+    def _target_gradient(self, step: int, targets: Targets) -> _Gradient:
+        """v: the gradient of the sets' weighted token means where the LM stands, in fp32."""
+        shares = target_shares(self._config, list(targets))
+        by_set = {}
+        for name, batch in targets.items():
+            size = len(batch) * dist.get_world_size()
+            tokens = tokens_per_sample(batch, size)
+            for part in batch.micro_batches(self._lower.config.micro_batch):
+                _, losses_m = forward_losses(self._lower.model, part, tokens)
+                (dist.get_world_size() * losses_m.sum() / size).backward()
+            by_set[name] = shards_of(self._parameters)
+            self._lower.zero_grad()
+        if len(by_set) == 1:
+            return _Gradient(step, next(iter(by_set.values())))
+        combined = [torch.zeros_like(shard(p)) for p in self._parameters]
+        for name, v in by_set.items():
+            torch._foreach_add_(combined, v, alpha=shares[name])
+        return _Gradient(step, combined, by_set)
+
+    def _target_loss(self, targets: Targets) -> float:
+        """L_target where the LM stands."""
+        shares = target_shares(self._config, list(targets))
+        total = 0.0
+        for name, batch in targets.items():
+            size = len(batch) * dist.get_world_size()
+            tokens = tokens_per_sample(batch, size)
+            losses_b = batch_losses(self._lower.model, batch, self._lower.config.micro_batch, tokens)
+            total += shares[name] * float(all_sum(losses_b.double().sum())) / size
+        return total
 
     @torch.no_grad()
-    def _direction(self, v: list[Tensor], clipped: list[Tensor], norm: float) -> list[Tensor]:
+    def _direction(self, v: Shards, clipped: Shards, norm: float) -> Shards:
         """u = C^T (D * v)."""
         scaled = [self._jacobian(p, g) * x for p, g, x in zip(self._parameters, clipped, v, strict=True)]
         max_norm = self._lower.config.clip_norm
@@ -111,70 +243,77 @@ class BilevelStep:
         config, state = self._lower.config, self._lower.optimizer.state[parameter]
         if config.optimizer == "sgd":
             return sgd_jacobian(config.momentum, dampening=0.0, nesterov=False, first_step=False)
-        return adamw_jacobian(
-            clipped,
-            shard(state["exp_avg"]),
-            shard(state["exp_avg_sq"]),
-            int(state["step"]),
-            config.beta1,
-            config.beta2,
-            config.eps,
-        )
+        moments = shard(state["exp_avg"]), shard(state["exp_avg_sq"]), int(state["step"])
+        return adamw_jacobian(clipped, *moments, config.beta1, config.beta2, config.eps)
 
-    def _contract(self, theta: list[Tensor], u: list[Tensor], norm: float, batch: Batch, tokens: float) -> Tensor:
-        """<u, grad l_i(theta)> of this rank's samples."""
-        if norm == 0.0:
-            return torch.zeros(len(batch), device=batch.input_ids.device)
-        moved = self.snapshot()
-        try:
-            if self._config.estimator == "central":
-                losses = self._perturbed_losses(batch, tokens)
-                return estimators.central(losses, theta, u, self._epsilon / norm)
-            self._write(theta)
-            losses, full_theta, full_u = self._unsharded(u, batch, tokens)
-            estimator = {"exact": estimators.exact, "jvp": estimators.jvp}[self._config.estimator]
-            with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no forward derivative
-                return estimator(losses, full_theta, full_u).detach()
-        finally:
-            # By copy: subtracting the perturbation would leave rounding behind.
-            self._write(moved)
+    def _gain(self, parameter: Tensor) -> Tensor | float:
+        """What is known of D before the step."""
+        config, state = self._lower.config, self._lower.optimizer.state[parameter]
+        if config.optimizer == "sgd":
+            return sgd_jacobian(config.momentum, dampening=0.0, nesterov=False, first_step=False)
+        square = shard(state["exp_avg_sq"])
+        return adamw_gain(square, int(state["step"]), config.beta1, config.beta2, config.eps)
 
-    @torch.no_grad()
-    def _write(self, values: Sequence[Tensor]) -> None:
-        # FSDPModule.reshard: after a no-grad forward the root is still gathered and would hide the change.
-        model: Any = self._lower.model
-        model.reshard()
-        torch._foreach_copy_([shard(p) for p in self._parameters], list(values))
+    def _require_finite(self, u: Shards, result: StepResult) -> None:
+        norm = shards_dot(u, u) ** 0.5
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the target set's gradient is not finite ({norm}) after a step of learning rate {result.lr:g}: "
+                "lower train.lr; the last checkpoint is intact"
+            )
 
-    def _perturbed_losses(self, batch: Batch, tokens: float) -> estimators.Losses:
-        def losses(values: Sequence[Tensor]) -> Tensor:
-            self._write(values)
-            return batch_losses(self._lower.model, batch, self._lower.config.micro_batch, tokens)
+    def _by_set(self, clipped: Shards, result: StepResult) -> dict[str, float]:
+        """Every set's alignment with the batch as it was weighted, -lr <D * v_set, clipped gradient>, in nats."""
+        figures = {}
+        for name, v in self._gradient.by_set.items():
+            scaled = [self._jacobian(p, g) * x for p, g, x in zip(self._parameters, clipped, v, strict=True)]
+            figures[f"bilevel/alignment/{name}"] = -result.lr * shards_dot(scaled, clipped)
+        return figures
 
-        return losses
+    def _audit(
+        self, begun: _Begun, dots_c: Tensor, clipped: Shards, batch: Batch, result: StepResult
+    ) -> dict[str, float]:
+        """How far the alignments can be trusted: against a better estimator, and against what happened.
 
-    def _unsharded(
-        self, u: list[Tensor], batch: Batch, tokens: float
-    ) -> tuple[estimators.Losses, list[Tensor], list[Tensor]]:
-        """The loss vector as a function of whole parameters: for the oracles, at the price of a whole LM per rank."""
-        full_theta = [_full(p.detach(), shard(p.detach())).clone() for p in self._parameters]
-        full_u = [_full(p.detach(), x) for p, x in zip(self._parameters, u, strict=True)]
-        twin = LlamaForCausalLM(self._lower.model.config).to(batch.input_ids.device)
-        names = [name for name, _ in twin.named_parameters()]
-
-        def losses(values: Sequence[Tensor]) -> Tensor:
-            inputs = {"input_ids": batch.input_ids}
-            params = dict(zip(names, values, strict=True))
-            logits = torch.func.functional_call(twin, params, (), inputs, tie_weights=True).logits
-            return sample_losses(logits, batch.input_ids, batch.mask, tokens)
-
-        return losses, full_theta, full_u
+        The judge's u is always that of the definition: v at theta' on this step's target batch, D and C after the step.
+        """
+        with torch.no_grad():
+            moves = [shard(p) - x for p, x in zip(self._parameters, begun.theta, strict=True)]
+            predicted = shards_dot(self._v, moves)
+        change = self._target_loss(begun.targets) - begun.loss
+        v = self._v
+        if self._config.target_at != "theta_prime" or self._gradient.step != begun.step:
+            v = self._target_gradient(begun.step, begun.targets).combined
+        u = self._direction(v, clipped, result.grad_norm)
+        count = max(1, self._config.fidelity_sequences // dist.get_world_size())
+        problem = self._problem(begun, u, batch, result, begun.rows_c[:count])
+        judged = all_gather_rows(self._judge.contract(problem))
+        fidelity = centred_cosine(all_gather_rows(dots_c[:count]), judged)
+        return {
+            "dwm/fidelity": fidelity,
+            "bilevel/predicted_change": predicted,
+            "bilevel/realised_change": change,
+        }
 
 
-def _full(like: Tensor, local: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return local
-    whole = DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return whole.full_tensor()
+def centred_cosine(left: Tensor, right: Tensor) -> float:
+    """Cosine of two vectors after their means are taken off: what the softmax sees of them."""
+    left, right = left.double(), right.double()
+    return float(F.cosine_similarity(left - left.mean(), right - right.mean(), dim=0))
+
+
+def target_shares(config: BilevelConfig, sets: list[str]) -> dict[str, float]:
+    """Share of every target set in L_target, by `bilevel.target_weights`; they sum to 1."""
+    weights = {name: config.target_weights.get(name, 1.0) for name in sets}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def build_estimator(lower: LowerLevel, config: BilevelConfig) -> Estimator:
+    """The estimator that a configuration names."""
+    if config.estimator == "ghost":
+        return Ghost(lower)
+    if config.estimator == "ghost_lowrank":
+        return GhostLowRank(lower, config.rank)
+    if config.estimator in ("exact", "jvp"):
+        return Oracle(lower, config.estimator)
+    return FiniteDifference(lower, config, config.estimator)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ray_dwm.data.plan import Cursor
+from ray_dwm.engine.bilevel import BilevelStep
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.errors import TrainingError
@@ -31,8 +32,11 @@ _DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.Unpickl
 class Checkpointer:
     """Saves and restores the training state of all ranks."""
 
-    def __init__(self, folder: Path, keep: int, lower: LowerLevel, weigher: Weigher | None) -> None:
+    def __init__(
+        self, folder: Path, keep: int, lower: LowerLevel, weigher: Weigher | None, bilevel: BilevelStep | None = None
+    ) -> None:
         self._folder, self._keep, self._lower, self._weigher = folder, keep, lower, weigher
+        self._bilevel = bilevel
 
     def _state(self, step: int, cursor: Cursor) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._lower.model, self._lower.optimizer)
@@ -47,6 +51,8 @@ class Checkpointer:
         }
         if self._weigher is not None:
             state["dwm"] = self._weigher.state_dict(step)
+        if self._bilevel is not None and (kept := self._bilevel.state_dict()):
+            state["bilevel"] = kept
         return state
 
     def save(self, step: int, cursor: Cursor) -> Path:
@@ -109,6 +115,8 @@ class Checkpointer:
         torch.set_rng_state(state["loop"]["rng"])
         if self._weigher is not None:
             self._weigher.load_state_dict(step, state["dwm"])
+        if self._bilevel is not None:
+            self._bilevel.load_state_dict(state.get("bilevel", {}))
         return step, Cursor(int(state["loop"]["cursor"]))
 
 

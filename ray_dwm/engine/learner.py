@@ -19,6 +19,7 @@ from ray_dwm.core.weighting import (
     standardise,
     upper_objective,
     weights_from_scores,
+    whole_batch,
 )
 from ray_dwm.errors import TrainingError
 from ray_dwm.models.dwm import DwmShape, build_dwm
@@ -36,14 +37,16 @@ running standard deviation in nats."""
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What a bi-level step of the LM tells the upper level. All over the global batch, on the CPU."""
+    """What a bi-level step of the LM tells the upper level: over the global batch, on the CPU."""
 
     version: int
     """The DWM version that this feedback makes."""
     input_ids: Tensor
     """(B, T)"""
     alignments: Tensor
-    """(B,): a_i = dL_target/dw_i."""
+    """(C,): a_i = dL_target/dw_i of the contracted sequences."""
+    positions: Tensor
+    """(C,): their places in the batch."""
     statistics: Tensor | None
     """(B, S) or None."""
 
@@ -72,9 +75,10 @@ class DwmLearner:
             TrainingError: where the hypergradient is not finite; the DWM has not moved.
         """
         assert feedback.version == self.version + 1, "feedback must come in order"
-        alignments_B, self._running_variance = standardise(
+        standard_C, self._running_variance = standardise(
             feedback.alignments, self._running_variance, self._bilevel.scale_decay
         )
+        alignments_B = whole_batch(standard_C, feedback.positions, len(feedback.input_ids))
         for _ in range(self._bilevel.updates):
             scores_B = self.model(feedback.input_ids, feedback.statistics)
             weights_B = weights_from_scores(scores_B, self._dwm.temperature, self._dwm.floor)

@@ -22,7 +22,7 @@ from ray_dwm.data.plan import Cursor, target_rows
 from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.engine.batch import Batch, BatchSource, to_batch
-from ray_dwm.engine.bilevel import BilevelStep
+from ray_dwm.engine.bilevel import BilevelStep, Outcome
 from ray_dwm.engine.checkpoint import Checkpointer
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
@@ -71,7 +71,8 @@ class Parts:
     seq_len: int
     lower: LowerLevel
     source: BatchSource
-    target: ShardReader | None
+    targets: dict[str, ShardReader]
+    """Name of a target set -> its shards."""
     evaluation: dict[str, ShardReader]
     """Name of an evaluation set -> its shards."""
     domains: list[str]
@@ -92,8 +93,9 @@ class Trainer:
         self._schedule = parts.weigher.schedule if parts.weigher else None
         run_dir = parts.config.run_dir
         self._checkpointer = Checkpointer(
-            run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weigher
+            run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weigher, self._bilevel
         )
+        self._outcome: Outcome | None = None
         self._clock = Clock()
         self._main = dist.get_rank() == 0
 
@@ -140,27 +142,32 @@ class Trainer:
         with self._clock.phase("dwm_wait"):
             self._weigher.advance(step)
         due = self._schedule.is_bilevel(step)
-        with self._clock.phase("bilevel"):
-            theta = self._bilevel.snapshot() if due else []
+        if due:
+            with self._clock.phase("bilevel"):
+                update = self._schedule.updates_before(step)
+                self._bilevel.begin(step, update, batch, self._targets(update))
         with self._clock.phase("step"):
             result = self._lower.step(step, batch, self._weigher)
         self._clock.move("step", "weigh", self._weigher.seconds)
-        with self._clock.phase("bilevel"):
-            if due:
-                target = self._target_batch(self._schedule.updates_before(step))
-                alignments_b = self._bilevel.alignments(theta, batch, result, target)
-                self._weigher.submit(step, batch.input_ids, alignments_b, result.statistics_bS)
-            self._lower.zero_grad()
+        if due:
+            self._clock.move("step", "bilevel", self._bilevel.watch_seconds)
+            with self._clock.phase("bilevel"):
+                self._outcome = self._bilevel.finish(batch, result)
+                found = self._outcome
+                self._weigher.submit(step, batch.input_ids, found.alignments_c, found.rows_c, result.statistics_bS)
+        self._lower.zero_grad()
         return result
 
-    def _target_batch(self, update: int) -> Batch:
-        """This rank's share of a fresh target batch."""
-        reader, size = self._parts.target, self._config.bilevel.target_batch
-        assert reader is not None
-        rows = target_rows(reader.manifest.rows, size, update, self._config.seed)
+    def _targets(self, update: int) -> dict[str, Batch]:
+        """This rank's share of a fresh target batch of every target set."""
+        readers, size = self._parts.targets, self._config.bilevel.target_batch // len(self._parts.targets)
         share = size // dist.get_world_size()
         start = dist.get_rank() * share
-        return self._batch(reader.take(rows[start : start + share]))
+        batches = {}
+        for number, (name, reader) in enumerate(readers.items()):
+            rows = target_rows(reader.manifest.rows, size, update, self._config.seed + number)
+            batches[name] = self._batch(reader.take(rows[start : start + share]))
+        return batches
 
     def evaluate(self, sequences: int | None = None) -> dict[str, float]:
         """Losses over `sequences` rows of every evaluation set, or over all of them; collective."""
@@ -209,8 +216,10 @@ class Trainer:
             **{f"dwm/{name}": value for name, value in self._weigher.metrics.items()},
             "dwm/overhead_frac": overhead(seconds),
         }
-        if self._bilevel is not None and self._schedule is not None and self._schedule.is_bilevel(step - 1):
+        if self._bilevel is not None and self._outcome is not None:
             figures |= {f"bilevel_seconds/{name}": value for name, value in self._bilevel.seconds.items()}
+            figures |= self._outcome.figures
+            self._outcome = None
         for code, name in enumerate(self._parts.domains):
             of_domain = [w for w, c in zip(relative, codes, strict=True) if c == code]
             if of_domain:

@@ -80,7 +80,8 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def data_digests(config: RunConfig) -> dict[str, str]:
     """Name of every set -> SHA-256 of its manifest, and so of all its shards."""
-    sets = {"train": config.data.train, "target": config.data.target, **config.data.held_out}
+    data = config.data
+    sets = {"train": data.train, "target": data.target, **data.more_targets, **data.held_out}
     return {name: file_sha256(Path(folder).expanduser() / MANIFEST) for name, folder in sets.items() if folder}
 
 

@@ -54,10 +54,11 @@ def check_data(config: RunConfig) -> Manifest:
             raise DataError(
                 f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew"
             )
-        if name == "target" and config.dwm.enabled and other.rows < config.bilevel.target_batch:
+        wanted = config.bilevel.target_batch // len(target_sets(config) or [""])
+        if name in target_sets(config) and config.dwm.enabled and other.rows < wanted:
             raise DataError(
-                f"target set {other.folder} has {other.rows} sequences, bilevel.target_batch asks for "
-                f"{config.bilevel.target_batch}: lower it or prepare a larger target set"
+                f"target set {other.folder} has {other.rows} sequences, bilevel.target_batch asks for {wanted} of it: "
+                "lower it or prepare a larger target set"
             )
     if config.dwm.enabled and not config.data.target:
         raise ConfigError("data.target is empty: the DWM needs a target set, or set dwm.enabled=false")
@@ -66,8 +67,12 @@ def check_data(config: RunConfig) -> Manifest:
 
 def evaluation_sets(config: RunConfig) -> dict[str, str]:
     """Name -> shards of everything that is evaluated: the target set and the held-out sets."""
-    target = {"target": config.data.target} if config.data.target else {}
-    return {**target, **config.data.held_out}
+    return {**target_sets(config), **config.data.held_out}
+
+
+def target_sets(config: RunConfig) -> dict[str, str]:
+    """Name -> shards of what the upper level minimises."""
+    return {"target": config.data.target, **config.data.more_targets} if config.data.target else {}
 
 
 def seq_len(config: RunConfig, train: Manifest) -> int:
@@ -131,7 +136,7 @@ def build(
         seq_len=tokens,
         lower=lower,
         source=source,
-        target=open_shards(config.data.target) if config.data.target else None,
+        targets={name: open_shards(folder) for name, folder in target_sets(config).items()},
         evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
         domains=train.domain_names,
         weigher=weigher,

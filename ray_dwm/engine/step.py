@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray_dwm.config import TrainConfig
 from ray_dwm.core.losses import sample_losses, sample_statistics
 from ray_dwm.core.schedules import lr_factor
 from ray_dwm.engine.batch import Batch
-from ray_dwm.engine.mesh import all_sum
+from ray_dwm.engine.mesh import all_sum, shard
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.errors import TrainingError
 
@@ -154,6 +155,19 @@ class LowerLevel:
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, total)
         return norm
+
+    @torch.no_grad()
+    def snapshot(self) -> list[Tensor]:
+        """A copy of this rank's shards of the LM."""
+        return [shard(p).clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Put values into this rank's shards of the LM."""
+        # FSDPModule.reshard: after a no-grad forward the root is still gathered and would hide the change.
+        model: Any = self.model
+        model.reshard()
+        torch._foreach_copy_([shard(p) for p in self.parameters], list(values))
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ray_dwm.config import RunConfig
@@ -93,13 +94,22 @@ class Weigher:
         self.seconds = time.perf_counter() - start
         return scores_B, weights_B
 
-    def submit(self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None) -> None:
-        """Send the feedback of a bi-level step upwards."""
+    def submit(
+        self,
+        step: int,
+        input_ids_bT: Tensor,
+        alignments_c: Tensor,
+        rows_c: Tensor,
+        statistics_bS: Tensor | None,
+    ) -> None:
+        """Send the feedback of a bi-level step upwards: alignments of some rows of this rank's share."""
+        start = dist.get_rank() * len(input_ids_bT)
         self._service.submit(
             Feedback(
                 version=self.schedule.updates_before(step + 1),
                 input_ids=all_gather_rows(input_ids_bT).cpu(),
-                alignments=all_gather_rows(alignments_b).cpu(),
+                alignments=all_gather_rows(alignments_c).cpu(),
+                positions=all_gather_rows(start + rows_c).cpu(),
                 statistics=None if statistics_bS is None else all_gather_rows(statistics_bS).cpu(),
             )
         )

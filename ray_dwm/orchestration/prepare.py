@@ -29,10 +29,14 @@ def sets_to_prepare(config: RunConfig) -> list[tuple[str, str, str]]:
     """(configuration key, files, output folder) of every set whose text the configuration names."""
     p, d = config.prepare, config.data
     sets = [("prepare.train", p.train, d.train), ("prepare.target", p.target, d.target)]
-    for name, files in p.held_out.items():
-        if name not in d.held_out:
-            raise UserError(f"prepare.held_out.{name} has no output folder: add data.held_out.{name}")
-        sets.append((f"prepare.held_out.{name}", files, d.held_out[name]))
+    for section, texts, folders in (
+        ("more_targets", p.more_targets, d.more_targets),
+        ("held_out", p.held_out, d.held_out),
+    ):
+        for name, files in texts.items():
+            if name not in folders:
+                raise UserError(f"prepare.{section}.{name} has no output folder: add data.{section}.{name}")
+            sets.append((f"prepare.{section}.{name}", files, folders[name]))
     return [(key, files, output) for key, files, output in sets if files and output]
 
 

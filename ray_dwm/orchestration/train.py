@@ -180,7 +180,9 @@ def _absolute(config: RunConfig) -> RunConfig:
     for name in ("train", "target"):
         if data["data"][name]:
             data["data"][name] = str(Path(data["data"][name]).expanduser().absolute())
-    data["data"]["held_out"] = {k: str(Path(v).expanduser().absolute()) for k, v in data["data"]["held_out"].items()}
+    for section in ("more_targets", "held_out"):
+        folders = data["data"][section]
+        data["data"][section] = {k: str(Path(v).expanduser().absolute()) for k, v in folders.items()}
     resolved: RunConfig = build(RunConfig, data)
     return resolved
 

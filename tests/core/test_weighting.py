@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from ray_dwm.core.weighting import (
     standardise,
     upper_objective,
     weights_from_scores,
+    whole_batch,
 )
 
 
@@ -88,3 +90,17 @@ def test_effective_sample_size_at_the_optimum(kl: float, share: float) -> None:
 def test_tiny_alignments_are_standardised_too() -> None:
     scaled, _ = standardise(torch.tensor([1.0, 2.0, 4.0]) * 1e-24, 0.0, 0.9)
     assert float(scaled.square().mean()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("part", [2, 3, 5])
+def test_a_random_part_of_the_batch_stands_for_all_of_it(part: int) -> None:
+    """Over all parts of C sequences, the mean phi-gradient is that of the whole batch: exactly, not nearly."""
+    generator = torch.Generator().manual_seed(0)
+    scores, alignments = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(weights_from_scores, scores)
+    gradients = []
+    for chosen in itertools.combinations(range(5), part):
+        positions = torch.tensor(chosen)
+        centred = alignments[positions] - alignments[positions].mean()
+        gradients.append(whole_batch(centred, positions, 5) @ slope)
+    torch.testing.assert_close(torch.stack(gradients).mean(0), alignments @ slope, rtol=1e-12, atol=1e-14)

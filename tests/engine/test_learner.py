@@ -26,7 +26,7 @@ def feedback(version: int, scale: float = 1.0) -> Feedback:
     ids[: B // 2] += 32
     alignments = torch.randn(B, generator=torch.Generator().manual_seed(version)) * 0.3
     alignments[: B // 2] -= 1.0
-    return Feedback(version, ids, scale * alignments, None)
+    return Feedback(version, ids, scale * alignments, torch.arange(B), None)
 
 
 def weight_of_good(model: torch.nn.Module) -> float:

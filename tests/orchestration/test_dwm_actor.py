@@ -35,7 +35,7 @@ def learner() -> DwmLearner:
 def feedback(version: int) -> Feedback:
     generator = torch.Generator().manual_seed(version)
     ids = torch.randint(VOCAB, (8, 16), generator=generator)
-    return Feedback(version, ids, torch.randn(8, generator=generator), None)
+    return Feedback(version, ids, torch.randn(8, generator=generator), torch.arange(8), None)
 
 
 def expected(version: int) -> State:
