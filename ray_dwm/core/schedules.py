@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
@@ -26,26 +27,105 @@ def lr_factor(
     return 1.0 if progress <= 0 else 1 - (1 - min_ratio) * min(1.0, progress)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BilevelSchedule:
-    """When the upper level is visited, and which DWM version weighs which step.
+class BilevelSchedule(ABC):
+    """When the upper level is visited, and which DWM version weighs which step. All steps count from 0.
 
     A bi-level step at LM step s makes one DWM version. It is applied from LM step s + 1 + delay on, so the
     actor has `delay` steps of time to compute it beside training and the run stays deterministic.
     """
 
-    every: int
-    warmup_steps: int
     delay_steps: int
 
-    def is_bilevel(self, step: int) -> bool:
-        """Whether LM step `step` (from 0) is also a bi-level step: every N-th, from the warm-up on."""
-        return step >= self.warmup_steps and (step - self.warmup_steps) % self.every == 0
-
+    @abstractmethod
     def updates_before(self, step: int) -> int:
         """Number of bi-level steps among the LM steps 0 .. step-1."""
-        return 0 if step <= self.warmup_steps else (step - 1 - self.warmup_steps) // self.every + 1
+
+    @property
+    @abstractmethod
+    def closest(self) -> int:
+        """The fewest LM steps between two bi-level steps."""
+
+    def is_bilevel(self, step: int) -> bool:
+        """Whether LM step `step` is also a bi-level step."""
+        return self.updates_before(step + 1) > self.updates_before(step)
 
     def version(self, step: int) -> int:
-        """The DWM version whose weights LM step `step` uses; 0 is the uniform start."""
+        """The DWM version whose weights LM step `step` uses; 0 is the start."""
         return self.updates_before(step - self.delay_steps)
+
+    def holds(self, step: int) -> bool:
+        """Whether the LM is put back after LM step `step`, which then only taught the DWM."""
+        del step
+        return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A bi-level step at `start` and at every `every`-th step after it, `before` of them earlier."""
+
+    start: int
+    every: int
+    before: int = 0
+
+    def updates_before(self, step: int) -> int:
+        """See BilevelSchedule; where `step` is not before the segment."""
+        return self.before + (0 if step <= self.start else (step - 1 - self.start) // self.every + 1)
+
+
+class EveryN(BilevelSchedule):
+    """Every N-th step from the warm-up on; a budget may change N on the way."""
+
+    KEPT = 4
+    """Segments that are remembered: enough to look back over the delay."""
+
+    def __init__(self, *, every: int, warmup_steps: int, delay_steps: int, changing: bool = False) -> None:
+        self.delay_steps = delay_steps
+        self.segments = [Segment(start=warmup_steps, every=every)]
+        self._closest = 1 if changing else every
+
+    @property
+    def closest(self) -> int:
+        """See BilevelSchedule."""
+        return self._closest
+
+    def updates_before(self, step: int) -> int:
+        """See BilevelSchedule."""
+        segment = next((s for s in reversed(self.segments) if step > s.start), self.segments[0])
+        return segment.updates_before(step)
+
+    def change(self, last: int, every: int) -> None:
+        """After the bi-level step `last`, which was the newest, the next ones follow every `every` steps."""
+        segment = Segment(start=last, every=every, before=self.updates_before(last))
+        self.segments = [*self.segments, segment][-self.KEPT :]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Staged(BilevelSchedule):
+    """Stages of equal length after the warm-up: K bi-level steps in a row, then the DWM stays as it is.
+
+    With `hold`, the LM is put back after each of the K steps, so that the DWM is learnt on one LM.
+    """
+
+    stages: int
+    updates: int
+    total_steps: int
+    warmup_steps: int
+    delay_steps: int
+    hold: bool = False
+
+    @property
+    def closest(self) -> int:
+        """See BilevelSchedule."""
+        return 1
+
+    def start(self, stage: int) -> int:
+        """First LM step of a stage."""
+        return self.warmup_steps + stage * (self.total_steps - self.warmup_steps) // self.stages
+
+    def updates_before(self, step: int) -> int:
+        """See BilevelSchedule."""
+        return sum(min(max(step - self.start(stage), 0), self.updates) for stage in range(self.stages))
+
+    def holds(self, step: int) -> bool:
+        """See BilevelSchedule."""
+        return self.hold and self.is_bilevel(step)

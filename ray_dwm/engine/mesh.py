@@ -37,6 +37,11 @@ def init_mesh(timeout_s: float = 600.0) -> DeviceMesh:
     return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
 
 
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return dist.get_rank() == 0
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Elementwise sum over ranks."""
     values = values.clone()
