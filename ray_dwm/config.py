@@ -122,11 +122,42 @@ class TrainConfig:
 
 
 @frozen
+class WeightingConfig:
+    """What gives the sequences of a global batch their weights; the fields are those of the online baselines."""
+
+    method: Literal["dwm", "uniform", "loss", "joint_update_aware"] = "dwm"
+    """dwm: learnt (sections dwm and bilevel). uniform: plain training. loss: a function of the sequences' losses.
+    joint_update_aware: likeness to the target set, less redundancy. docs/baselines.md has formulas and sources."""
+    strategy: Literal["linupper", "quadratic", "extremes"] = "linupper"
+    """Which losses `loss` prefers: all but the low ones, medium ones, or the lowest and highest."""
+    r: float = 0.4
+    """Temperature of `loss`: the largest weight is at most exp(1 / r) times the smallest."""
+    r_warmup_steps: int = 0
+    """LM steps with uniform weights before `loss` begins."""
+    r_anneal_steps: int = 0
+    """LM steps after the warm-up in which 1 / r grows linearly from 0; 0 switches at once."""
+    beta: float = 0.1
+    """Penalty of `joint_update_aware` on sequences that resemble one another."""
+    tau: float = 0.05
+    """Temperature of `joint_update_aware`, in units of a cosine."""
+    anchor_every: int = 50
+    """LM steps between two refreshes of the anchor of `joint_update_aware`."""
+    anchor_sequences: int = 32
+    """Target sequences whose mean embedding is the anchor, drawn afresh for each refresh, over all workers."""
+
+    def __post_init__(self) -> None:
+        positive("weighting", self, "r", "tau", "anchor_every", "anchor_sequences")
+        not_negative("weighting", self, "r_warmup_steps", "r_anneal_steps", "beta")
+
+
+@frozen
 class DwmConfig:
     """The Data Weighting Model and its optimizer."""
 
-    enabled: bool = True
-    """False: uniform weights, plain training, no actor."""
+    control: Literal["none", "random", "shuffled", "shuffled_target"] = "none"
+    """Null controls: the DWM is learnt, but what is applied says nothing about the data. random: random weights as far
+    from uniform (in KL) as the DWM's. shuffled: the DWM's weights dealt out at random within the batch.
+    shuffled_target: the DWM's weights, learnt from alignments that were dealt out at random within the batch."""
     size: Literal["xs", "s", "m", "l"] = "xs"
     lm_features: bool = False
     """Also look at every sample's current LM loss and entropy (costs a forward where micro-batches accumulate)."""
@@ -235,6 +266,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     lm: LmConfig = field(default_factory=LmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
     dwm: DwmConfig = field(default_factory=DwmConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -247,8 +279,8 @@ class RunConfig:
         require("://" not in self.storage, f"storage is {self.storage!r}: it must be a mounted folder, not an address")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must lie between 0 and 2^63 - 1")
         self.local_batch("train.global_batch", self.train.global_batch)
-        if self.dwm.enabled:
-            self.local_batch("bilevel.target_batch", self.bilevel.target_batch)
+        if self.target_draw is not None:
+            self.local_batch(*self.target_draw)
 
     def local_batch(self, key: str, sequences: int) -> int:
         """Sequences per worker, split into whole micro-batches."""
@@ -264,6 +296,22 @@ class RunConfig:
             f"train.micro_batch = {micro}: choose a divisor of {local}",
         )
         return local
+
+    @property
+    def target_draw(self) -> tuple[str, int] | None:
+        """(key, sequences) of what the weighting draws from the target set at a time; None where it needs none."""
+        draws = {
+            "dwm": ("bilevel.target_batch", self.bilevel.target_batch),
+            "joint_update_aware": ("weighting.anchor_sequences", self.weighting.anchor_sequences),
+        }
+        return draws.get(self.weighting.method)
+
+    @property
+    def weighting_label(self) -> str:
+        """What gives the weights, for people."""
+        if self.weighting.method != "dwm":
+            return self.weighting.method
+        return "DWM" if self.dwm.control == "none" else f"DWM ({self.dwm.control})"
 
     @property
     def run_dir(self) -> Path:

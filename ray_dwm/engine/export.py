@@ -47,7 +47,7 @@ def export_lm(parts: Parts, train: Manifest) -> None:
             name=config.name,
             tokens=steps * config.train.global_batch * parts.seq_len,
             steps=steps,
-            weighting="DWM" if parts.weigher else "uniform",
+            weighting=config.weighting_label,
         )
         copy_tokenizer(train.folder / FOLDER, config.run_dir / "hf")
     dist.barrier()

@@ -29,11 +29,12 @@ from ray_dwm.engine.mesh import all_gather_rows, all_sum
 from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
 from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.weigher import Weigher
+from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import TrainingError
 
 PHASES = ("data", "dwm_wait", "weigh", "step", "bilevel", "log")
-"""Phases of a step: wait for a batch, wait for a DWM version, the DWM's forward, the LM's step, the bi-level step, and
-the logging of the step before."""
+"""Phases of a step: wait for a batch, wait for a DWM version (or take a baseline's anchor), weigh the batch, the LM's
+step, the bi-level step, and the logging of the step before."""
 EXTRA = ("dwm_wait", "weigh", "bilevel")
 """What plain training does not have."""
 
@@ -75,11 +76,17 @@ class Parts:
     evaluation: dict[str, ShardReader]
     """Name of an evaluation set -> its shards."""
     domains: list[str]
-    weigher: Weigher | None
+    weighting: Weighting | None
+    """None: uniform weights."""
     sinks: list[MetricSink] = field(default_factory=list)
     """Besides metrics.jsonl; used on rank 0."""
     on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None
     """Called on all ranks after a checkpoint: (step, folder, last figures)."""
+
+    @property
+    def weigher(self) -> Weigher | None:
+        """The weighting where it is a DWM."""
+        return self.weighting if isinstance(self.weighting, Weigher) else None
 
 
 class Trainer:
@@ -87,12 +94,12 @@ class Trainer:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._config = parts, parts.config
-        self._lower, self._weigher = parts.lower, parts.weigher
+        self._lower, self._weighting, self._weigher = parts.lower, parts.weighting, parts.weigher
         self._bilevel = BilevelStep(parts.lower, parts.config.bilevel) if parts.weigher else None
         self._schedule = parts.weigher.schedule if parts.weigher else None
         run_dir = parts.config.run_dir
         self._checkpointer = Checkpointer(
-            run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weigher
+            run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weighting
         )
         self._clock = Clock()
         self._main = dist.get_rank() == 0
@@ -133,10 +140,7 @@ class Trainer:
     def _train_step(self, step: int, batch: Batch) -> StepResult:
         """One LM step and, where it is due, the bi-level step around it."""
         if self._weigher is None or self._bilevel is None or self._schedule is None:
-            with self._clock.phase("step"):
-                result = self._lower.step(step, batch, None)
-                self._lower.zero_grad()
-            return result
+            return self._plain_step(step, batch)
         with self._clock.phase("dwm_wait"):
             self._weigher.advance(step)
         due = self._schedule.is_bilevel(step)
@@ -144,13 +148,25 @@ class Trainer:
             theta = self._bilevel.snapshot() if due else []
         with self._clock.phase("step"):
             result = self._lower.step(step, batch, self._weigher)
-        self._clock.move("step", "weigh", self._weigher.seconds)
+        self._clock.move("step", "weigh", result.weigh_s)
         with self._clock.phase("bilevel"):
             if due:
                 target = self._target_batch(self._schedule.updates_before(step))
                 alignments_b = self._bilevel.alignments(theta, batch, result, target)
                 self._weigher.submit(step, batch.input_ids, alignments_b, result.statistics_bS)
             self._lower.zero_grad()
+        return result
+
+    def _plain_step(self, step: int, batch: Batch) -> StepResult:
+        """One LM step without an upper level: with uniform weights or a baseline's."""
+        if self._weighting is not None:
+            with self._clock.phase("dwm_wait"):
+                self._weighting.advance(step)
+        with self._clock.phase("step"):
+            result = self._lower.step(step, batch, self._weighting)
+            self._lower.zero_grad()
+        if self._weighting is not None:
+            self._clock.move("step", "weigh", result.weigh_s)
         return result
 
     def _target_batch(self, update: int) -> Batch:
@@ -187,15 +203,18 @@ class Trainer:
             "tokens_per_s": tokens / total,
             **{f"seconds/{name}": value for name, value in seconds.items()},
         }
-        if self._weigher is not None and result.scores_B is not None:
-            figures |= self._dwm_figures(step, batch, result, seconds)
+        if self._weighting is not None and result.scores_B is not None:
+            figures |= self._weight_figures(step, batch, result, seconds)
         return figures
 
-    def _dwm_figures(self, step: int, batch: Batch, result: StepResult, seconds: dict[str, float]) -> dict[str, float]:
-        assert self._weigher is not None and result.scores_B is not None
+    def _weight_figures(
+        self, step: int, batch: Batch, result: StepResult, seconds: dict[str, float]
+    ) -> dict[str, float]:
+        assert self._weighting is not None and result.scores_B is not None
         weights_B, size = result.weights_B, self._config.train.global_batch
         ess = float(effective_sample_size(weights_B))
-        self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
+        if self._weigher is not None:
+            self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
         keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
         losses_B = all_gather_rows(result.losses_b)
         ids, codes = keys_B2.T.tolist()
@@ -203,10 +222,9 @@ class Trainer:
         if self._main and step % self._config.tracking.weights_every == 0:
             self._weights_log.add(step, ids, codes, losses_B.tolist(), result.scores_B.tolist(), relative)
         figures = {
-            "dwm/version": self._weigher.version,
             "dwm/ess": ess,
             "dwm/entropy": float(normalised_entropy(weights_B)),
-            **{f"dwm/{name}": value for name, value in self._weigher.metrics.items()},
+            **self._weighting.metrics,
             "dwm/overhead_frac": overhead(seconds),
         }
         if self._bilevel is not None and self._schedule is not None and self._schedule.is_bilevel(step - 1):
@@ -227,7 +245,7 @@ class Trainer:
             )
 
     def _checkpoint(self, step: int, cursor: Cursor, figures: dict[str, float]) -> None:
-        if self._main and self._weigher is not None:
+        if self._main and self._weighting is not None:
             self._weights_log.flush(step)  # first: what a lost checkpoint leaves behind is written anew on resuming
         path = self._checkpointer.save(step, cursor)
         if self._parts.on_checkpoint is not None:
@@ -239,7 +257,7 @@ class Trainer:
             return
         run_dir = self._config.run_dir
         self._sinks = [JsonlSink(run_dir / "metrics.jsonl", step), *self._parts.sinks]
-        if self._weigher is not None:
+        if self._weighting is not None:
             self._weights_log = WeightsWriter(run_dir / "weights", self._parts.domains, step)
         lines = read_metrics(run_dir / "metrics.jsonl")
         self._time_s = lines[-1]["time_s"] if lines else 0.0

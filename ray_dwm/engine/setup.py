@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import ShardReader, open_shards
+from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
 from ray_dwm.engine.loop import Parts
@@ -19,6 +21,7 @@ from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
+from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.models.dwm import DwmShape, build_dwm, dwm_shape
 from ray_dwm.models.lm import build_lm, lm_config, lm_shape
@@ -54,13 +57,17 @@ def check_data(config: RunConfig) -> Manifest:
             raise DataError(
                 f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew"
             )
-        if name == "target" and config.dwm.enabled and other.rows < config.bilevel.target_batch:
+        if name == "target" and config.target_draw is not None and other.rows < config.target_draw[1]:
+            key, sequences = config.target_draw
             raise DataError(
-                f"target set {other.folder} has {other.rows} sequences, bilevel.target_batch asks for "
-                f"{config.bilevel.target_batch}: lower it or prepare a larger target set"
+                f"target set {other.folder} has {other.rows} sequences, {key} asks for {sequences}: lower it or "
+                "prepare a larger target set"
             )
-    if config.dwm.enabled and not config.data.target:
-        raise ConfigError("data.target is empty: the DWM needs a target set, or set dwm.enabled=false")
+    if config.target_draw is not None and not config.data.target:
+        raise ConfigError(
+            f"data.target is empty: weighting.method={config.weighting.method} needs a target set, or set "
+            "weighting.method=uniform"
+        )
     return train
 
 
@@ -96,6 +103,13 @@ def run_dwm_shape(config: RunConfig, train: Manifest) -> DwmShape:
     return dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features)
 
 
+def build_weigher(config: RunConfig, train: Manifest, service: WeightService | None, place: torch.device) -> Weigher:
+    """This rank's replica of the DWM at version 0; without `service` it is learnt in this process."""
+    learner = build_learner(config, train)
+    replica = build_dwm(run_dwm_shape(config, train), config.seed)
+    return Weigher(config, replica, learner.state(), service or LocalWeightService(learner), place)
+
+
 def build(
     config: RunConfig,
     *,
@@ -117,11 +131,15 @@ def build(
     )
     model = parallelize(build_lm(llama, config.seed), mesh, config.train.precision)
     lower = LowerLevel(model, config.train, config.train.steps)
-    weigher = None
-    if config.dwm.enabled:
-        learner = build_learner(config, train)
-        replica = build_dwm(run_dwm_shape(config, train), config.seed)
-        weigher = Weigher(config, replica, learner.state(), service or LocalWeightService(learner), place)
+    target = open_shards(config.data.target) if config.data.target else None
+    weighting: Weighting | None = None
+    if config.weighting.method == "dwm":
+        weighting = build_weigher(config, train, service, place)
+    elif config.weighting.method == "loss":
+        weighting = LossWeighting(config)
+    elif config.weighting.method == "joint_update_aware":
+        assert target is not None  # check_data has seen to it
+        weighting = JointUpdateAwareWeighting(config, model, target, tokens, place)
     if source is None:
         reader: ShardReader = open_shards(config.data.train)
         source = LocalSource(reader, read_plan(config, train), dist.get_rank(), dist.get_world_size())
@@ -131,10 +149,10 @@ def build(
         seq_len=tokens,
         lower=lower,
         source=source,
-        target=open_shards(config.data.target) if config.data.target else None,
+        target=target,
         evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
         domains=train.domain_names,
-        weigher=weigher,
+        weighting=weighting,
         sinks=sinks or [],
         on_checkpoint=on_checkpoint,
     )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.schedules import BilevelSchedule
 from ray_dwm.core.weighting import weights_from_scores
+from ray_dwm.engine.controls import applied_weights, learnt_alignments
 from ray_dwm.engine.learner import METRICS, Feedback, State, WeightService
 from ray_dwm.engine.mesh import all_gather_rows
+from ray_dwm.engine.weighting import Statistics
 from ray_dwm.models.dwm import DataWeightingModel, DwmShape
 
 
@@ -31,14 +31,13 @@ class Weigher:
         self._model = model.to(device).eval()
         # State of every version from the applied one to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
-        self.seconds = 0.0
-        """Duration of the last `weigh`."""
+        self._step = 0
         service.restore(start)
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether the DWM looks at the LM's loss and entropy."""
-        return self._config.dwm.lm_features
+    def statistics(self) -> Statistics:
+        """See Weighting."""
+        return "loss_and_entropy" if self._config.dwm.lm_features else "none"
 
     @property
     def slots(self) -> int:
@@ -47,6 +46,7 @@ class Weigher:
 
     def advance(self, step: int) -> None:
         """Swap in the version that LM step `step` uses, waiting for it if it is late."""
+        self._step = step
         version = self.schedule.version(step)
         if version in self._versions and min(self._versions) == version:
             return
@@ -79,27 +79,28 @@ class Weigher:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the update that made the applied version."""
-        return dict(zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True))
+        """The applied version and figures of the update that made it."""
+        figures = zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True)
+        return {"dwm/version": self.version, **{f"dwm/{name}": value for name, value in figures}}
 
     @torch.no_grad()
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(scores, weights) of the global batch, both (B,), from this rank's sequences (b, T)."""
-        start = time.perf_counter()
+        """See Weighting; the scores are the DWM's own, whatever a null control makes of its weights."""
         encoded_BE = all_gather_rows(self._model.encode(input_ids_bT))
         statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)
         scores_B = self._model.scores(encoded_BE, statistics_BS)
-        weights_B = weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
-        self.seconds = time.perf_counter() - start
-        return scores_B, weights_B
+        dwm = self._config.dwm
+        weights_B = weights_from_scores(scores_B, dwm.temperature, dwm.floor)
+        return scores_B, applied_weights(dwm.control, weights_B, self._config.seed, self._step)
 
     def submit(self, step: int, input_ids_bT: Tensor, alignments_b: Tensor, statistics_bS: Tensor | None) -> None:
         """Send the feedback of a bi-level step upwards."""
+        control, seed = self._config.dwm.control, self._config.seed
         self._service.submit(
             Feedback(
                 version=self.schedule.updates_before(step + 1),
                 input_ids=all_gather_rows(input_ids_bT).cpu(),
-                alignments=all_gather_rows(alignments_b).cpu(),
+                alignments=learnt_alignments(control, all_gather_rows(alignments_b), seed, step).cpu(),
                 statistics=None if statistics_bS is None else all_gather_rows(statistics_bS).cpu(),
             )
         )

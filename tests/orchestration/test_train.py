@@ -69,7 +69,13 @@ def test_the_same_command_again_does_nothing(undisturbed: RunConfig, console: Co
 def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
     shards: dict[str, Path], console: Console, tmp_path: Path
 ) -> None:
-    options = ("train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0", "dwm.enabled=false", "checkpoint.every=1")
+    options = (
+        "train.lr=1e30",
+        "train.optimizer=sgd",
+        "train.clip_norm=0",
+        "weighting.method=uniform",
+        "checkpoint.every=1",
+    )
     config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=diverges")
     last = console.finish(config, console.start(config), code=1).splitlines()[-1]
     assert last.startswith("error: the gradient is not finite at step")
