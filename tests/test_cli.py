@@ -193,6 +193,7 @@ def test_storage_that_cannot_be_written(
     [
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["train"], "data.train is empty"),
+        (["compare", "weighting.method=uniform"], "compared with itself"),
         (["prepare"], "nothing to prepare"),
         (["prepare", "prepare.train=nowhere", "data.train=out"], "no text files there"),
         (["evaluate", "nowhere", "nowhere"], "neither a finished run folder nor a Hugging Face folder"),

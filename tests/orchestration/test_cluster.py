@@ -45,6 +45,7 @@ def test_unreachable_cluster(shards: dict[str, Path], console: Console, tmp_path
     [
         (["cluster.workers=2"], {"CPU": 4, "GPU": 0}),
         (["cluster.workers=2", "weighting.method=uniform"], {"CPU": 3, "GPU": 0}),
+        (["cluster.workers=2", "weighting.method=loss"], {"CPU": 3, "GPU": 0}),
         (["cluster.workers=4", "cluster.gpus_per_worker=1", "cluster.dwm_gpus=0.25"], {"CPU": 6, "GPU": 4.25}),
         (["cluster.workers=1", "cluster.cpus_per_worker=2.5", "cluster.dwm_cpus=0.5"], {"CPU": 4, "GPU": 0}),
     ],
