@@ -85,7 +85,7 @@ def main() -> None:
         make_shards(folder / "target", 4 * args.target_batch, args.vocab, args.seq_len)
         overrides += ["bilevel.warmup_steps=2", f"bilevel.target_batch={args.target_batch}"]
         dwm = run_config(args, folder, f"data.target={folder / 'target'}", *overrides)
-        uniform = run_config(args, folder, "dwm.enabled=false")
+        uniform = run_config(args, folder, "weighting.method=uniform")
         pairs = run_ranks(measure, dwm.cluster.workers, uniform, dwm, args.steps, args.rounds)
     result = summary(pairs, args.steps // args.every)
     for key, figures in result.items():

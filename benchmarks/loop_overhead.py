@@ -74,7 +74,7 @@ def main() -> None:
     args = parser("Our loop against a bare FSDP2 loop").parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder) / "train", 4 * args.global_batch, args.vocab, args.seq_len)
-        config = run_config(args, Path(folder), "dwm.enabled=false")
+        config = run_config(args, Path(folder), "weighting.method=uniform")
         turns = run_ranks(measure, config.cluster.workers, config, args.steps, args.rounds)
     tokens = args.steps * args.global_batch * args.seq_len
     ratios = [b / o for b, o in zip(turns["bare"], turns["ours"], strict=True)]

@@ -28,7 +28,7 @@ from ray_dwm.engine.setup import build
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 VARIANTS: dict[str, list[str]] = {
-    "uniform": ["dwm.enabled=false"],
+    "uniform": ["weighting.method=uniform"],
     "quickstart": [],
     "kl 0.25": ["bilevel.kl=0.25"],
     "kl 1": ["bilevel.kl=1"],

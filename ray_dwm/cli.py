@@ -48,7 +48,7 @@ def prepare(config: Config = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(config: Config = None, overrides: Overrides = None) -> None:
-    """Train an LM, with learned weights unless dwm.enabled=false; the same command resumes."""
+    """Train an LM, with the weights that weighting.method names; the same command resumes."""
     from ray_dwm.orchestration.train import train as run
 
     run_config = _load(config, overrides)
@@ -89,7 +89,7 @@ def export(
 
 @app.command()
 def analyze(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first without a DWM is the baseline.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first with uniform weights is the baseline.")],
     output: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
 ) -> None:
     """Write report.html: losses, weights per domain over time, favoured texts, overhead."""
@@ -102,7 +102,7 @@ def analyze(
 
 @app.command()
 def compare(config: Config = None, overrides: Overrides = None) -> None:
-    """Train uniform and DWM with equal data, seed and tokens; evaluate, report, verdict."""
+    """Train with uniform weights and as configured, with equal data, seed and tokens; evaluate, report, verdict."""
     from ray_dwm.orchestration.compare import compare as run
 
     typer.echo(run(_load(config, overrides)))

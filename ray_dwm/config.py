@@ -8,49 +8,18 @@ text and converted by the declared type of their field, so a file and the comman
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from ray_dwm.errors import ConfigError
+from ray_dwm.configuring import below_one, build, frozen, merge, not_negative, positive, read, require
 
 _NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
-
-frozen = dataclass(frozen=True, kw_only=True, slots=True)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a ConfigError unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def positive(section: str, owner: Any, *names: str) -> None:
-    """Require the named fields of a section to be greater than 0."""
-    for name in names:
-        value = getattr(owner, name)
-        require(value > 0, f"{section}.{name} is {value}: it must be greater than 0")
-
-
-def not_negative(section: str, owner: Any, *names: str) -> None:
-    """Require the named fields of a section to be at least 0."""
-    for name in names:
-        value = getattr(owner, name)
-        require(value >= 0, f"{section}.{name} is {value}: it must not be negative")
-
-
-def below_one(section: str, owner: Any, *names: str) -> None:
-    """Require the named fields of a section to lie in [0, 1)."""
-    for name in names:
-        value = getattr(owner, name)
-        require(0 <= value < 1, f"{section}.{name} is {value}: it must lie in [0, 1)")
 
 
 @frozen
@@ -161,11 +130,48 @@ class TrainConfig:
 
 
 @frozen
+class WeightingConfig:
+    """What gives the sequences of a global batch their weights; the fields are those of the online baselines."""
+
+    method: Literal["dwm", "uniform", "loss", "joint_update_aware"] = "dwm"
+    """dwm: learnt (sections dwm and bilevel). uniform: plain training. loss: a function of the sequences' losses.
+    joint_update_aware: likeness to the target set, less redundancy. docs/baselines.md has formulas and sources."""
+    strategy: Literal["linupper", "quadratic", "extremes"] = "linupper"
+    """Which losses `loss` prefers: all but the low ones, medium ones, or the lowest and highest."""
+    r: float = 0.4
+    """Temperature of `loss`: the largest weight is at most exp(1 / r) times the smallest."""
+    r_warmup_steps: int = 0
+    """LM steps with uniform weights before `loss` begins."""
+    r_anneal_steps: int = 0
+    """LM steps after the warm-up in which 1 / r grows linearly from 0; 0 switches at once."""
+    beta: float = 0.1
+    """Penalty of `joint_update_aware` on sequences that resemble one another."""
+    tau: float = 0.05
+    """Temperature of `joint_update_aware`, in units of a cosine."""
+    anchor_every: int = 50
+    """LM steps between two refreshes of the anchor of `joint_update_aware`."""
+    anchor_sequences: int = 32
+    """Target sequences whose mean embedding is the anchor, drawn afresh for each refresh, over all workers."""
+
+    def __post_init__(self) -> None:
+        positive("weighting", self, "r", "tau", "anchor_every", "anchor_sequences")
+        not_negative("weighting", self, "r_warmup_steps", "r_anneal_steps", "beta")
+
+
+@frozen
 class DwmConfig:
     """The Data Weighting Model and its optimizer."""
 
-    enabled: bool = True
-    """False: uniform weights, plain training, no actor."""
+    control: Literal["none", "random", "shuffled", "shuffled_target"] = "none"
+    """Null controls: the DWM is learnt, but what is applied says nothing about the data. random: random weights as far
+    from uniform (in KL) as the DWM's. shuffled: the DWM's weights dealt out at random within the batch.
+    shuffled_target: the DWM's weights, learnt from alignments that were dealt out at random within the batch."""
+    mode: Literal["learn", "frozen", "replay"] = "learn"
+    """frozen: init_from as it is; replay: trajectory's versions, by fraction of training. Neither needs an actor."""
+    init_from: str = ""
+    """A DWM folder to start from."""
+    trajectory: str = ""
+    """The dwm folder of a run that learnt a DWM."""
     size: Literal["xs", "s", "m", "l"] = "xs"
     lm_features: bool = False
     """Also look at every sample's current LM loss and entropy (costs a forward where micro-batches accumulate)."""
@@ -180,11 +186,17 @@ class DwmConfig:
     """LM steps between a bi-level step and the use of the DWM version it made."""
     min_ess_fraction: float = 0.05
     """The run stops where (ESS - 1) / (B - 1) falls below this: the weights have collapsed."""
+    min_entropy: float = 0.8
+    """A warning is printed where the weights' entropy over log B falls below this."""
 
     def __post_init__(self) -> None:
         positive("dwm", self, "lr", "temperature")
         not_negative("dwm", self, "clip_norm", "weight_decay", "delay_steps")
-        below_one("dwm", self, "floor", "min_ess_fraction")
+        below_one("dwm", self, "floor", "min_ess_fraction", "min_entropy")
+        require(self.mode != "frozen" or bool(self.init_from), "dwm.mode=frozen needs dwm.init_from, a DWM folder")
+        require(
+            self.mode != "replay" or bool(self.trajectory), "dwm.mode=replay needs dwm.trajectory, a run's dwm folder"
+        )
 
 
 @frozen
@@ -192,7 +204,17 @@ class BilevelConfig:
     """The upper level: when and how the hypergradient is estimated."""
 
     every: int = 10
+    """LM steps between two bi-level steps; 0 lets max_overhead choose it, and the target batch, from measured times."""
+    max_overhead: float = 0.05
+    """Where every is 0: time of what the DWM adds over time of plain training; target_batch is then the most."""
     warmup_steps: int = 20
+    """LM steps before the first bi-level step."""
+    stages: int = 0
+    """Stages of equal length, at whose start the DWM is learnt and then stays, instead of every N steps; 0: none."""
+    stage_updates: int = 10
+    """Bi-level steps in a row at the start of each stage."""
+    stage_lm: Literal["update", "hold"] = "update"
+    """hold: while the DWM is learnt the LM is put back after every step; those batches do not train it."""
     estimator: Literal["ghost_lowrank", "one_sided", "central", "ghost", "jvp", "exact"] = "ghost_lowrank"
     """How the inner products are computed; docs/bilevel.md has measured costs and errors."""
     rank: int = 32
@@ -225,9 +247,19 @@ class BilevelConfig:
     """A warning is printed where the fidelity falls below this; 0 never warns."""
 
     def __post_init__(self) -> None:
-        positive("bilevel", self, "every", "target_batch", "updates", "rank", "reuse", "max_staleness")
+        positive(
+            "bilevel",
+            self,
+            "stage_updates",
+            "max_overhead",
+            "target_batch",
+            "updates",
+            "rank",
+            "reuse",
+            "max_staleness",
+        )
         positive("bilevel", self, "fidelity_sequences")
-        not_negative("bilevel", self, "epsilon", "kl", "fidelity_every")
+        not_negative("bilevel", self, "every", "stages", "epsilon", "kl", "fidelity_every")
         below_one("bilevel", self, "scale_decay", "min_fidelity")
         for name, weight in self.target_weights.items():
             require(weight >= 0, f"bilevel.target_weights.{name} is {weight}: it must not be negative")
@@ -301,6 +333,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     lm: LmConfig = field(default_factory=LmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
     dwm: DwmConfig = field(default_factory=DwmConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -313,11 +346,13 @@ class RunConfig:
         require("://" not in self.storage, f"storage is {self.storage!r}: it must be a mounted folder, not an address")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must lie between 0 and 2^63 - 1")
         self.local_batch("train.global_batch", self.train.global_batch)
-        if self.dwm.enabled:
-            self.local_batch("bilevel.target_batch", self.bilevel.target_batch)
+        if self.target_draw is not None:
+            self.local_batch(*self.target_draw)
+        if self.learns_dwm:
             self._check_fraction()
             self._check_estimator()
             self._check_targets()
+            self._check_stages()
 
     def local_batch(self, key: str, sequences: int) -> int:
         """Sequences per worker, split into whole micro-batches."""
@@ -350,6 +385,15 @@ class RunConfig:
             f"{self.cluster.workers} workers use a multiple of {parts}",
         )
 
+    def _check_stages(self) -> None:
+        b = self.bilevel
+        length = (self.train.steps - b.warmup_steps) // max(1, b.stages)
+        require(
+            b.stages == 0 or length >= b.stage_updates,
+            f"bilevel.stages = {b.stages} leaves {length} steps a stage, too few for bilevel.stage_updates = "
+            f"{b.stage_updates}: lower one of them or raise train.steps",
+        )
+
     def _check_estimator(self) -> None:
         plain = self.train.optimizer == "sgd" and self.train.momentum == 0
         require(
@@ -367,6 +411,27 @@ class RunConfig:
             f"bilevel.fraction is {fraction:g}: with {local} sequences per worker it must be one of "
             + ", ".join(f"{1 / m:.6g}" for m in divisors),
         )
+
+    @property
+    def learns_dwm(self) -> bool:
+        """Whether the run has an upper level."""
+        return self.weighting.method == "dwm" and self.dwm.mode == "learn"
+
+    @property
+    def target_draw(self) -> tuple[str, int] | None:
+        """(key, sequences) of what the weighting draws from the target set at a time; None where it needs none."""
+        draws = {
+            "dwm": ("bilevel.target_batch", self.bilevel.target_batch),
+            "joint_update_aware": ("weighting.anchor_sequences", self.weighting.anchor_sequences),
+        }
+        return None if self.dwm.mode != "learn" and self.weighting.method == "dwm" else draws.get(self.weighting.method)
+
+    @property
+    def weighting_label(self) -> str:
+        """What gives the weights, for people."""
+        if self.weighting.method != "dwm":
+            return self.weighting.method
+        return "DWM" if self.dwm.control == "none" else f"DWM ({self.dwm.control})"
 
     @property
     def run_dir(self) -> Path:
@@ -392,82 +457,12 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Run
     """
     values: dict[str, Any] = {}
     for file in files:
-        _merge(values, _read(Path(file)), "", str(file))
+        merge(values, read(Path(file)), "", str(file))
     for override in overrides:
         key, separator, text = override.partition("=")
         require(bool(separator), f"override {override!r} is not of the form key=value")
         nested: Any = text
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
-        _merge(values, nested, "", "command line")
+        merge(values, nested, "", "command line")
     return typing.cast(RunConfig, build(RunConfig, values))
-
-
-def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
-    """A dataclass from nested text values, converted by the declared types."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown configuration key {path}{key}: did you mean {path}{near[0]}?")
-    return cls(**{key: _convert(value, known[key], f"{path}{key}") for key, value in values.items()})
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        # BaseLoader leaves scalars as text: the fields' types decide, not YAML's guesses.
-        content = yaml.load(file.read_text(), Loader=yaml.BaseLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"configuration file {file} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"configuration file {file} cannot be read: {reason}") from None
-    if content in (None, ""):
-        return {}
-    require(isinstance(content, dict), f"configuration file {file} must hold a mapping of sections")
-    return dict(content)
-
-
-def _merge(base: dict[str, Any], extra: Mapping[str, Any], path: str, source: str) -> None:
-    for key, value in extra.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key, {}), dict):
-            _merge(base.setdefault(key, {}), value, f"{path}{key}.", source)
-        else:
-            require(
-                isinstance(value, Mapping) or not isinstance(base.get(key), dict),
-                f"{source}: {path}{key} is a section, not a value",
-            )
-            base[key] = value
-
-
-def _convert(value: Any, kind: Any, path: str) -> Any:
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        require(isinstance(value, Mapping), f"{path} is a section, not the value {value!r}")
-        return build(typing.cast(type, kind), value, f"{path}.")
-    if origin is dict:
-        require(isinstance(value, Mapping), f"{path} is {value!r}: it must be a mapping")
-        of_values = typing.get_args(kind)[1]
-        return {str(k): _convert(v, of_values, f"{path}.{k}") for k, v in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    require(not isinstance(value, (Mapping, list)), f"{path} is {value!r}: it must be a single value")
-    text = str(value).strip()
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        require(text in choices, f"{path} is {text!r}: it must be one of {', '.join(choices)}")
-        return text
-    if kind is bool:
-        words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-        require(text.lower() in words, f"{path} is {text!r}: it must be true or false")
-        return words[text.lower()]
-    try:
-        number = kind(text.replace("_", "")) if kind is int else kind(text)
-    except ValueError:
-        raise ConfigError(f"{path} is {text!r}: it must be of type {kind.__name__}") from None
-    require(
-        kind is not float or (number == number and abs(number) != float("inf")),
-        f"{path} is {text!r}: not finite",
-    )
-    return number

@@ -21,8 +21,8 @@ def test_overrides_win_over_files_and_files_over_defaults(tmp_path: Path) -> Non
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("train:\n  steps: 7\n  lr: 1e-4\ndata:\n  held_out:\n    books: x\n")
     second.write_text("train:\n  steps: 8\ndata:\n  held_out:\n    code: y\n")
-    config = load([first, second], ["train.steps=1_000", "dwm.enabled=off", "data.held_out.code=z"])
-    assert (config.train.steps, config.train.lr, config.dwm.enabled) == (1000, 1e-4, False)
+    config = load([first, second], ["train.steps=1_000", "dwm.lm_features=on", "data.held_out.code=z"])
+    assert (config.train.steps, config.train.lr, config.dwm.lm_features) == (1000, 1e-4, True)
     assert config.data.held_out == {"books": "x", "code": "z"}
 
 
@@ -46,6 +46,20 @@ def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_pa
         ("train: {\n", "cannot be read"),
         ("data:\n  held_out: x\n", "must be a mapping"),
         ("dwm:\n  floor: 1.0\n", "must lie in"),
+        ("dwm:\n  control: permuted\n", "one of none, random, shuffled, shuffled_target"),
+        ("weighting:\n  method: dsir\n", "one of dwm, uniform, loss, joint_update_aware"),
+        ("weighting:\n  strategy: mid\n", "one of linupper, quadratic, extremes"),
+        ("weighting:\n  r: 0\n", "weighting.r is 0.0: it must be greater than 0"),
+        ("weighting:\n  r_warmup_steps: -1\n", "weighting.r_warmup_steps is -1: it must not be negative"),
+        ("weighting:\n  r_anneal_steps: -1\n", "weighting.r_anneal_steps is -1: it must not be negative"),
+        ("weighting:\n  beta: -0.1\n", "weighting.beta is -0.1: it must not be negative"),
+        ("weighting:\n  tau: 0\n", "weighting.tau is 0.0: it must be greater than 0"),
+        ("weighting:\n  anchor_every: 0\n", "weighting.anchor_every is 0: it must be greater than 0"),
+        ("weighting:\n  anchor_sequences: 0\n", "weighting.anchor_sequences is 0: it must be greater than 0"),
+        (
+            "weighting:\n  method: joint_update_aware\n  anchor_sequences: 3\n",
+            "weighting.anchor_sequences is 3, not divisible by cluster.workers = 2",
+        ),
         ("bilevel:\n  warmup_steps: 0\n", "hypergradient is noise"),
         ("name: a/b\n", "use letters, digits"),
     ],
@@ -63,6 +77,21 @@ def test_an_override_cannot_replace_a_section(tmp_path: Path) -> None:
     file.write_text("train:\n  steps: 3\n")
     with pytest.raises(ConfigError, match="command line: train is a section"):
         load([file], ["train=3"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "draw", "label"),
+    [
+        ([], ("bilevel.target_batch", 16), "DWM"),
+        (["dwm.control=random"], ("bilevel.target_batch", 16), "DWM (random)"),
+        (["weighting.method=uniform", "bilevel.target_batch=3"], None, "uniform"),
+        (["weighting.method=loss", "weighting.anchor_sequences=3", "dwm.control=random"], None, "loss"),
+        (["weighting.method=joint_update_aware"], ("weighting.anchor_sequences", 32), "joint_update_aware"),
+    ],
+)
+def test_what_the_method_decides(overrides: list[str], draw: tuple[str, int] | None, label: str) -> None:
+    config = load([], overrides)
+    assert (config.target_draw, config.weighting_label) == (draw, label)
 
 
 def test_errors_travel_between_processes() -> None:

@@ -130,7 +130,7 @@ def hypergradient(run: Run) -> str:
 
 
 def overhead(run: Run) -> str:
-    """Where the DWM run's time went."""
+    """Where the weighted run's time went."""
     seconds = run.summary["seconds"]
     with _figure(8.6, 1.5) as (_, axes, out):
         left, total = 0.0, sum(seconds.values())

@@ -1,4 +1,4 @@
-"""What a DWM preferred, phase by phase: weights joined back to texts."""
+"""What a weighting preferred, phase by phase: weights joined back to texts."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ray_dwm.data.records import write_whole
 
 
 def write_report(folders: list[Path], output: Path) -> None:
-    """Write the report of one or more runs; the first without a DWM is the baseline.
+    """Write the report of one or more runs; the first with uniform weights is the baseline.
 
     Raises:
         UserError: no run folders, or damaged ones.
@@ -43,7 +43,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
             )
             for key in shown.keys("val/")
         ],
-        "dwm": _dwm(weighted) if weighted else None,
+        "weighted": _weighted(weighted) if weighted else None,
         "configs": [(run.name, to_yaml(run.config)) for run in runs],
         "versions": {name: version(name) for name in ("ray-dwm", "torch", "ray", "transformers", "pyarrow")},
     }
@@ -54,12 +54,15 @@ def _title(key: str) -> str:
     return "Target set" if name == "target" else f"Held-out set: {name}"
 
 
-def _dwm(run: Run) -> dict[str, Any]:
+def _weighted(run: Run) -> dict[str, Any]:
     config = run.config
+    learnt = config.weighting.method == "dwm"
     return {
+        "label": run.label,
+        "learnt": learnt,
         "domains": figures.domain_weights(run),
         "ess": figures.effective_size(run),
-        "hypergradient": figures.hypergradient(run),
+        "hypergradient": figures.hypergradient(run) if learnt else None,
         "overhead": figures.overhead(run),
         "overhead_frac": run.summary["overhead_frac"],
         "phases": phases(run.weights(), Texts(config.data.train)),

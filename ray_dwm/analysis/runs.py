@@ -43,8 +43,13 @@ class Run:
 
     @property
     def weighted(self) -> bool:
-        """Whether a DWM gave the weights."""
-        return self.config.dwm.enabled
+        """Whether a DWM or a baseline gave the weights."""
+        return self.config.weighting.method != "uniform"
+
+    @property
+    def label(self) -> str:
+        """What gave the weights."""
+        return self.config.weighting_label
 
     def series(self, key: str, over: str = "tokens") -> tuple[list[float], list[float]]:
         """(x, y) of a metric over `tokens`, `step` or `time_s`, where it was logged."""
@@ -56,7 +61,7 @@ class Run:
         return list(dict.fromkeys(key for line in self.metrics for key in line if key.startswith(prefix)))
 
     def weights(self) -> pa.Table:
-        """All rows of weights/*.parquet; none where there was no DWM."""
+        """All rows of weights/*.parquet; none where they were uniform."""
         files = sorted((self.folder / "weights").glob("*.parquet"))
         try:
             return pa.concat_tables([pq.read_table(file) for file in files]) if files else pa.table({})

@@ -10,11 +10,11 @@ from ray_dwm.config import to_dict
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measure of the baseline (uniform weights) and of the DWM run; `better` is who won."""
+    """One measure of the uniform and of the weighted run; `better` is who won."""
 
     measure: str
     uniform: str
-    dwm: str
+    weighted: str
     difference: str
     better: str
 
@@ -35,49 +35,50 @@ def crossing(tokens: list[float], losses: list[float], level: float) -> float | 
     return None
 
 
-def differences(uniform: Run, dwm: Run) -> list[str]:
+def differences(uniform: Run, weighted: Run) -> list[str]:
     """Sections of the configuration, besides those that weights need, in which a pair of runs differs."""
-    left, right = to_dict(uniform.config), to_dict(dwm.config)
+    left, right = to_dict(uniform.config), to_dict(weighted.config)
     return [key for key in ("seed", "data", "lm", "train") if left[key] != right[key]]
 
 
-def verdict(uniform: Run, dwm: Run) -> list[Row]:
+def verdict(uniform: Run, weighted: Run) -> list[Row]:
     """The rows of the verdict table, over the sets that both runs have."""
     rows = []
-    shared = uniform.summary["final"].keys() & dwm.summary["final"].keys()
+    shared = uniform.summary["final"].keys() & weighted.summary["final"].keys()
     for key in sorted(shared, key=lambda k: (k != "val/target/loss", k)):
-        a, b = uniform.summary["final"][key], dwm.summary["final"][key]
+        a, b = uniform.summary["final"][key], weighted.summary["final"][key]
         name = key.removeprefix("val/").removesuffix("/loss")
         label = "target loss" if name == "target" else f"held-out loss ({name})"
-        rows.append(Row(label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", _better(a, b)))
+        rows.append(Row(label, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", _better(a, b, weighted)))
     if "val/target/loss" in shared:
-        rows.append(_tokens(uniform, dwm))
-    a, b = uniform.summary["train_seconds"], dwm.summary["train_seconds"]
-    rows.append(Row("training time", f"{a:.0f} s", f"{b:.0f} s", f"{b / a - 1:+.1%}", _better(a, b)))
-    share = dwm.summary["overhead_frac"]
-    rows.append(Row("bi-level overhead (phases of the DWM run)", "", f"{share:.1%}", "", ""))
+        rows.append(_tokens(uniform, weighted))
+    a, b = uniform.summary["train_seconds"], weighted.summary["train_seconds"]
+    rows.append(Row("training time", f"{a:.0f} s", f"{b:.0f} s", f"{b / a - 1:+.1%}", _better(a, b, weighted)))
+    share = weighted.summary["overhead_frac"]
+    rows.append(Row(f"overhead (phases of the {weighted.label} run)", "", f"{share:.1%}", "", ""))
     return rows
 
 
-def _tokens(uniform: Run, dwm: Run) -> Row:
-    level = uniform.series("val/target/loss")[1][-1]  # of the same sequences as the DWM run's curve
-    reached = tokens_to_reach(dwm, "val/target/loss", level)
+def _tokens(uniform: Run, weighted: Run) -> Row:
+    level = uniform.series("val/target/loss")[1][-1]  # of the same sequences as the weighted run's curve
+    reached = tokens_to_reach(weighted, "val/target/loss", level)
     total = uniform.summary["tokens"]
     return Row(
         "tokens to uniform's final target loss",
         f"{total:,.0f}",
         "not reached" if reached is None else f"{reached:,.0f}",
         "" if reached is None else f"{reached / total - 1:+.0%}",
-        "uniform" if reached is None else _better(total, reached),
+        "uniform" if reached is None else _better(total, reached, weighted),
     )
 
 
-def _better(uniform: float, dwm: float) -> str:
-    return "tie" if uniform == dwm else "DWM" if dwm < uniform else "uniform"
+def _better(uniform: float, value: float, weighted: Run) -> str:
+    return "tie" if uniform == value else weighted.label if value < uniform else "uniform"
 
 
-def format_table(rows: list[Row]) -> str:
-    """The verdict for the terminal."""
-    lines = [f"{'':<42}{'uniform':>14}{'DWM':>14}{'difference':>12}  better"]
-    lines += [f"{r.measure:<42}{r.uniform:>14}{r.dwm:>14}{r.difference:>12}  {r.better}" for r in rows]
+def format_table(rows: list[Row], label: str) -> str:
+    """The verdict for the terminal; `label` is the weighted run's."""
+    width = max(14, len(label) + 2)
+    lines = [f"{'':<42}{'uniform':>14}{label:>{width}}{'difference':>12}  better"]
+    lines += [f"{r.measure:<42}{r.uniform:>14}{r.weighted:>{width}}{r.difference:>12}  {r.better}" for r in rows]
     return "\n".join(lines)

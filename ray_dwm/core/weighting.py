@@ -29,10 +29,10 @@ def weights_from_scores(scores_B: Tensor, temperature: float = 1.0, floor: float
 
 def kl_to_uniform(weights_B: Tensor) -> Tensor:
     """KL(w || uniform) = sum_i w_i log(B w_i), in nats: 0 for uniform, log B for a single sample."""
-    return torch.dot(weights_B, _log_relative(weights_B))
+    return torch.dot(weights_B, log_relative(weights_B))
 
 
-def _log_relative(weights_B: Tensor) -> Tensor:
+def log_relative(weights_B: Tensor) -> Tensor:
     """log(B w); finite, with a finite gradient, where a weight has underflowed to 0."""
     return torch.log(weights_B.clamp(min=torch.finfo(weights_B.dtype).tiny) * weights_B.numel())
 
@@ -66,7 +66,7 @@ def score_gradient(scores_B: Tensor, alignments_B: Tensor, kl: float, temperatur
     """dJ/dz in closed form: (1 - floor)/tau (diag(p) - p p^T)(a + kl (log(B w) + 1)), p = softmax(z / tau)."""
     p_B = torch.softmax(scores_B / temperature, dim=0)
     w_B = weights_from_scores(scores_B, temperature, floor)
-    slope_B = alignments_B + kl * (_log_relative(w_B) + 1.0)
+    slope_B = alignments_B + kl * (log_relative(w_B) + 1.0)
     return (1.0 - floor) / temperature * p_B * (slope_B - torch.dot(p_B, slope_B))
 
 

@@ -1,4 +1,4 @@
-"""DCP checkpoints: LM, optimizer, step, data cursor, RNG and the DWM with its optimizer and version as one state.
+"""DCP checkpoints: LM, optimizer, step, data cursor, RNG and the weighting's state (a DWM's optimizer too) as one.
 
 A checkpoint is written to `step_*.tmp` and renamed when it is whole, so the newest `step_*` is always good.
 What DCP pickles (its table of contents, the optimizer's numbers) is only read back where it holds plain values.
@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ray_dwm.data.plan import Cursor
-from ray_dwm.engine.bilevel import BilevelStep
 from ray_dwm.engine.step import LowerLevel
-from ray_dwm.engine.weigher import Weigher
+from ray_dwm.engine.upper import UpperLevel
+from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import TrainingError
 
 _DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
@@ -33,10 +33,10 @@ class Checkpointer:
     """Saves and restores the training state of all ranks."""
 
     def __init__(
-        self, folder: Path, keep: int, lower: LowerLevel, weigher: Weigher | None, bilevel: BilevelStep | None = None
+        self, folder: Path, keep: int, lower: LowerLevel, weighting: Weighting | None, upper: UpperLevel | None = None
     ) -> None:
-        self._folder, self._keep, self._lower, self._weigher = folder, keep, lower, weigher
-        self._bilevel = bilevel
+        self._folder, self._keep, self._lower, self._weighting = folder, keep, lower, weighting
+        self._upper = upper
 
     def _state(self, step: int, cursor: Cursor) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._lower.model, self._lower.optimizer)
@@ -49,10 +49,10 @@ class Checkpointer:
                 "rng": torch.get_rng_state(),
             },
         }
-        if self._weigher is not None:
-            state["dwm"] = self._weigher.state_dict(step)
-        if self._bilevel is not None and (kept := self._bilevel.state_dict()):
-            state["bilevel"] = kept
+        if self._weighting is not None:
+            state["weighting"] = self._weighting.state_dict(step)
+        if self._upper is not None and (kept := self._upper.state_dict()):
+            state["upper"] = kept
         return state
 
     def save(self, step: int, cursor: Cursor) -> Path:
@@ -113,10 +113,10 @@ class Checkpointer:
         )
         step = int(state["loop"]["step"])
         torch.set_rng_state(state["loop"]["rng"])
-        if self._weigher is not None:
-            self._weigher.load_state_dict(step, state["dwm"])
-        if self._bilevel is not None:
-            self._bilevel.load_state_dict(state.get("bilevel", {}))
+        if self._weighting is not None:
+            self._weighting.load_state_dict(step, state["weighting"])
+        if self._upper is not None:
+            self._upper.load_state_dict(state.get("upper", {}))
         return step, Cursor(int(state["loop"]["cursor"]))
 
 

@@ -12,16 +12,20 @@ from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.engine.loop import Parts
+from ray_dwm.engine.replay import write_trajectory
 from ray_dwm.models.hf import save_dwm, save_lm
 
 
 def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
-    """Write the applied DWM version to dwm/v*/, on rank 0."""
+    """Write the applied DWM version to dwm/v*/ and dwm/trajectory.json, on rank 0; a version is written once."""
     if dist.get_rank() != 0 or parts.weigher is None:
         return
     version = parts.weigher.version
+    folder = parts.config.run_dir / "dwm" / f"v{version:06d}"
+    if folder.exists():
+        return
     save_dwm(
-        parts.config.run_dir / "dwm" / f"v{version:06d}",
+        folder,
         parts.weigher.shape,
         parts.weigher.parameters(),
         {
@@ -30,6 +34,7 @@ def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
             "learnt_on": {"lm": parts.config.lm.preset, "step": step, "run": parts.config.name},
         },
     )
+    write_trajectory(folder.parent, parts.config.train.steps)
 
 
 def export_lm(parts: Parts, train: Manifest) -> None:
@@ -47,7 +52,7 @@ def export_lm(parts: Parts, train: Manifest) -> None:
             name=config.name,
             tokens=steps * config.train.global_batch * parts.seq_len,
             steps=steps,
-            weighting="DWM" if parts.weigher else "uniform",
+            weighting=config.weighting_label,
         )
         copy_tokenizer(train.folder / FOLDER, config.run_dir / "hf")
     dist.barrier()

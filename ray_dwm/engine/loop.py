@@ -18,22 +18,23 @@ import torch.distributed as dist
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.weighting import effective_sample_size, normalised_entropy
-from ray_dwm.data.plan import Cursor, target_rows
+from ray_dwm.data.plan import Cursor
 from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.engine.batch import Batch, BatchSource, to_batch
-from ray_dwm.engine.bilevel import BilevelStep, Outcome
 from ray_dwm.engine.checkpoint import Checkpointer
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
 from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
 from ray_dwm.engine.step import LowerLevel, StepResult
+from ray_dwm.engine.upper import UpperLevel
 from ray_dwm.engine.weigher import Weigher
+from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import TrainingError
 
 PHASES = ("data", "dwm_wait", "weigh", "step", "bilevel", "log")
-"""Phases of a step: wait for a batch, wait for a DWM version, the DWM's forward, the LM's step, the bi-level step, and
-the logging of the step before."""
+"""Phases of a step: wait for a batch, wait for a DWM version (or take a baseline's anchor), weigh the batch, the LM's
+step, the bi-level step, and the logging of the step before."""
 EXTRA = ("dwm_wait", "weigh", "bilevel")
 """What plain training does not have."""
 
@@ -76,11 +77,17 @@ class Parts:
     evaluation: dict[str, ShardReader]
     """Name of an evaluation set -> its shards."""
     domains: list[str]
-    weigher: Weigher | None
+    weighting: Weighting | None
+    """None: uniform weights."""
     sinks: list[MetricSink] = field(default_factory=list)
     """Besides metrics.jsonl; used on rank 0."""
     on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None
     """Called on all ranks after a checkpoint: (step, folder, last figures)."""
+
+    @property
+    def weigher(self) -> Weigher | None:
+        """The weighting where it is a DWM."""
+        return self.weighting if isinstance(self.weighting, Weigher) else None
 
 
 class Trainer:
@@ -88,16 +95,19 @@ class Trainer:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._config = parts, parts.config
-        self._lower, self._weigher = parts.lower, parts.weigher
-        self._bilevel = BilevelStep(parts.lower, parts.config.bilevel) if parts.weigher else None
-        self._schedule = parts.weigher.schedule if parts.weigher else None
+        self._lower, self._weighting, self._weigher = parts.lower, parts.weighting, parts.weigher
+        self._upper = None
+        if parts.weigher is not None:
+            self._upper = UpperLevel(
+                parts.config, parts.lower, parts.weigher, parts.targets, parts.seq_len, parts.device
+            )
         run_dir = parts.config.run_dir
         self._checkpointer = Checkpointer(
-            run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weigher, self._bilevel
+            run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weighting, self._upper
         )
-        self._outcome: Outcome | None = None
         self._clock = Clock()
         self._main = dist.get_rank() == 0
+        self._alarmed = False
 
     def fit(self) -> dict[str, float]:
         """Train from the newest checkpoint to the last step; returns the last figures."""
@@ -134,40 +144,24 @@ class Trainer:
 
     def _train_step(self, step: int, batch: Batch) -> StepResult:
         """One LM step and, where it is due, the bi-level step around it."""
-        if self._weigher is None or self._bilevel is None or self._schedule is None:
-            with self._clock.phase("step"):
-                result = self._lower.step(step, batch, None)
-                self._lower.zero_grad()
-            return result
-        with self._clock.phase("dwm_wait"):
-            self._weigher.advance(step)
-        due = self._schedule.is_bilevel(step)
-        if due:
-            with self._clock.phase("bilevel"):
-                update = self._schedule.updates_before(step)
-                self._bilevel.begin(step, update, batch, self._targets(update))
-        with self._clock.phase("step"):
-            result = self._lower.step(step, batch, self._weigher)
-        self._clock.move("step", "weigh", self._weigher.seconds)
-        if due:
-            self._clock.move("step", "bilevel", self._bilevel.watch_seconds)
-            with self._clock.phase("bilevel"):
-                self._outcome = self._bilevel.finish(batch, result)
-                found = self._outcome
-                self._weigher.submit(step, batch.input_ids, found.alignments_c, found.rows_c, result.statistics_bS)
+        clock, upper = self._clock, self._upper
+        if self._weighting is not None:
+            with clock.phase("dwm_wait"):
+                self._weighting.advance(step)
+        due = upper is not None and upper.due(step)
+        if upper is not None and due:
+            with clock.phase("bilevel"):
+                upper.begin(step, batch)
+        with clock.phase("step"):
+            result = self._lower.step(step, batch, self._weighting)
+        if self._weighting is not None:
+            clock.move("step", "weigh", result.weigh_s)
+        if upper is not None and due:
+            clock.move("step", "bilevel", upper.watch_seconds)
+            with clock.phase("bilevel"):
+                upper.finish(step, batch, result)
         self._lower.zero_grad()
         return result
-
-    def _targets(self, update: int) -> dict[str, Batch]:
-        """This rank's share of a fresh target batch of every target set."""
-        readers, size = self._parts.targets, self._config.bilevel.target_batch // len(self._parts.targets)
-        share = size // dist.get_world_size()
-        start = dist.get_rank() * share
-        batches = {}
-        for number, (name, reader) in enumerate(readers.items()):
-            rows = target_rows(reader.manifest.rows, size, update, self._config.seed + number)
-            batches[name] = self._batch(reader.take(rows[start : start + share]))
-        return batches
 
     def evaluate(self, sequences: int | None = None) -> dict[str, float]:
         """Losses over `sequences` rows of every evaluation set, or over all of them; collective."""
@@ -194,15 +188,19 @@ class Trainer:
             "tokens_per_s": tokens / total,
             **{f"seconds/{name}": value for name, value in seconds.items()},
         }
-        if self._weigher is not None and result.scores_B is not None:
-            figures |= self._dwm_figures(step, batch, result, seconds)
+        if self._weighting is not None and result.scores_B is not None:
+            figures |= self._weight_figures(step, batch, result, seconds)
         return figures
 
-    def _dwm_figures(self, step: int, batch: Batch, result: StepResult, seconds: dict[str, float]) -> dict[str, float]:
-        assert self._weigher is not None and result.scores_B is not None
+    def _weight_figures(
+        self, step: int, batch: Batch, result: StepResult, seconds: dict[str, float]
+    ) -> dict[str, float]:
+        assert self._weighting is not None and result.scores_B is not None
         weights_B, size = result.weights_B, self._config.train.global_batch
         ess = float(effective_sample_size(weights_B))
-        self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
+        if self._weigher is not None:
+            self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
+            self._alarm(step, float(normalised_entropy(weights_B)))
         keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
         losses_B = all_gather_rows(result.losses_b)
         ids, codes = keys_B2.T.tolist()
@@ -210,21 +208,29 @@ class Trainer:
         if self._main and step % self._config.tracking.weights_every == 0:
             self._weights_log.add(step, ids, codes, losses_B.tolist(), result.scores_B.tolist(), relative)
         figures = {
-            "dwm/version": self._weigher.version,
             "dwm/ess": ess,
             "dwm/entropy": float(normalised_entropy(weights_B)),
-            **{f"dwm/{name}": value for name, value in self._weigher.metrics.items()},
+            **self._weighting.metrics,
             "dwm/overhead_frac": overhead(seconds),
         }
-        if self._bilevel is not None and self._outcome is not None:
-            figures |= {f"bilevel_seconds/{name}": value for name, value in self._bilevel.seconds.items()}
-            figures |= self._outcome.figures
-            self._outcome = None
+        if self._upper is not None:
+            figures |= self._upper.figures(step - 1, seconds)
         for code, name in enumerate(self._parts.domains):
             of_domain = [w for w, c in zip(relative, codes, strict=True) if c == code]
             if of_domain:
                 figures[f"weight/{name}"] = sum(of_domain) / len(of_domain)
         return figures
+
+    def _alarm(self, step: int, entropy: float) -> None:
+        """Say once that the weights are concentrating, long before the guard stops the run."""
+        if entropy < self._config.dwm.min_entropy and not self._alarmed:
+            self._alarmed = True
+            if self._main:
+                print(
+                    f"[{self._config.name}] warning: at step {step} the weights' entropy is {entropy:.3f} of log B, "
+                    f"below dwm.min_entropy = {self._config.dwm.min_entropy:g}: raise bilevel.kl or dwm.temperature",
+                    flush=True,
+                )
 
     def _guard(self, step: int, ess_fraction: float) -> None:
         floor = self._config.dwm.min_ess_fraction
@@ -236,7 +242,7 @@ class Trainer:
             )
 
     def _checkpoint(self, step: int, cursor: Cursor, figures: dict[str, float]) -> None:
-        if self._main and self._weigher is not None:
+        if self._main and self._weighting is not None:
             self._weights_log.flush(step)  # first: what a lost checkpoint leaves behind is written anew on resuming
         path = self._checkpointer.save(step, cursor)
         if self._parts.on_checkpoint is not None:
@@ -248,7 +254,7 @@ class Trainer:
             return
         run_dir = self._config.run_dir
         self._sinks = [JsonlSink(run_dir / "metrics.jsonl", step), *self._parts.sinks]
-        if self._weigher is not None:
+        if self._weighting is not None:
             self._weights_log = WeightsWriter(run_dir / "weights", self._parts.domains, step)
         lines = read_metrics(run_dir / "metrics.jsonl")
         self._time_s = lines[-1]["time_s"] if lines else 0.0

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import ShardReader, open_shards
+from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
 from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.parallelize import parallelize
+from ray_dwm.engine.replay import ReplayedWeighting
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
+from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.models.dwm import DwmShape, build_dwm, dwm_shape
+from ray_dwm.models.hf import load_dwm
 from ray_dwm.models.lm import build_lm, lm_config, lm_shape
 
 
@@ -54,14 +59,19 @@ def check_data(config: RunConfig) -> Manifest:
             raise DataError(
                 f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew"
             )
-        wanted = config.bilevel.target_batch // len(target_sets(config) or [""])
-        if name in target_sets(config) and config.dwm.enabled and other.rows < wanted:
-            raise DataError(
-                f"target set {other.folder} has {other.rows} sequences, bilevel.target_batch asks for {wanted} of it: "
-                "lower it or prepare a larger target set"
-            )
-    if config.dwm.enabled and not config.data.target:
-        raise ConfigError("data.target is empty: the DWM needs a target set, or set dwm.enabled=false")
+        if name in target_sets(config) and config.target_draw is not None:
+            key, sequences = config.target_draw
+            sets = len(target_sets(config)) if config.weighting.method == "dwm" else 1
+            if other.rows < sequences // sets:
+                raise DataError(
+                    f"target set {other.folder} has {other.rows} sequences, {key} asks for {sequences // sets} of it: "
+                    "lower it or prepare a larger target set"
+                )
+    if config.target_draw is not None and not config.data.target:
+        raise ConfigError(
+            f"data.target is empty: weighting.method={config.weighting.method} needs a target set, or set "
+            "weighting.method=uniform"
+        )
     return train
 
 
@@ -93,12 +103,28 @@ def read_plan(config: RunConfig, train: Manifest) -> ReadPlan:
 
 def build_learner(config: RunConfig, train: Manifest) -> DwmLearner:
     """The upper level's learner at version 0."""
-    return DwmLearner(run_dwm_shape(config, train), config.dwm, config.bilevel, config.seed)
+    learner = DwmLearner(run_dwm_shape(config, train), config.dwm, config.bilevel, config.seed)
+    if config.dwm.init_from:
+        given, _ = load_dwm(Path(config.dwm.init_from).expanduser(), train.tokenizer_sha256)
+        if given.shape != learner.model.shape:
+            raise ConfigError(
+                f"dwm.init_from={config.dwm.init_from} is of another architecture ({given.shape}): set dwm.size and "
+                "dwm.lm_features to it"
+            )
+        learner.model.load_state_dict(given.state_dict())
+    return learner
 
 
 def run_dwm_shape(config: RunConfig, train: Manifest) -> DwmShape:
     """The DWM's architecture in a run."""
     return dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features)
+
+
+def build_weigher(config: RunConfig, train: Manifest, service: WeightService | None, place: torch.device) -> Weigher:
+    """This rank's replica of the DWM at version 0; without `service` it is learnt in this process."""
+    learner = build_learner(config, train)
+    replica = build_dwm(run_dwm_shape(config, train), config.seed)
+    return Weigher(config, replica, learner.state(), service or LocalWeightService(learner), place)
 
 
 def build(
@@ -122,11 +148,16 @@ def build(
     )
     model = parallelize(build_lm(llama, config.seed), mesh, config.train.precision)
     lower = LowerLevel(model, config.train, config.train.steps)
-    weigher = None
-    if config.dwm.enabled:
-        learner = build_learner(config, train)
-        replica = build_dwm(run_dwm_shape(config, train), config.seed)
-        weigher = Weigher(config, replica, learner.state(), service or LocalWeightService(learner), place)
+    targets = {name: open_shards(folder) for name, folder in target_sets(config).items()}
+    weighting: Weighting | None = None
+    if config.weighting.method == "dwm" and config.dwm.mode != "learn":
+        weighting = ReplayedWeighting(config, train.tokenizer_sha256, place)
+    elif config.weighting.method == "dwm":
+        weighting = build_weigher(config, train, service, place)
+    elif config.weighting.method == "loss":
+        weighting = LossWeighting(config)
+    elif config.weighting.method == "joint_update_aware":
+        weighting = JointUpdateAwareWeighting(config, model, targets["target"], tokens, place)
     if source is None:
         reader: ShardReader = open_shards(config.data.train)
         source = LocalSource(reader, read_plan(config, train), dist.get_rank(), dist.get_world_size())
@@ -136,10 +167,10 @@ def build(
         seq_len=tokens,
         lower=lower,
         source=source,
-        targets={name: open_shards(folder) for name, folder in target_sets(config).items()},
+        targets=targets,
         evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
         domains=train.domain_names,
-        weigher=weigher,
+        weighting=weighting,
         sinks=sinks or [],
         on_checkpoint=on_checkpoint,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from ray_dwm.core.losses import sample_losses, sample_statistics
 from ray_dwm.core.schedules import lr_factor
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.mesh import all_sum, shard
-from ray_dwm.engine.weigher import Weigher
+from ray_dwm.engine.weighting import Statistics, Weighting
 from ray_dwm.errors import TrainingError
 
 
@@ -31,10 +32,13 @@ class StepResult:
     scores_B: Tensor | None
     weights_B: Tensor
     statistics_bS: Tensor | None
+    """What the weighting looked at, (b, S)."""
     tokens_per_sample: float
     grad_norm: float
     """Before clipping."""
     lr: float
+    weigh_s: float
+    """Duration of the weighing, with the forwards that only it needed."""
 
 
 def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:
@@ -70,6 +74,23 @@ def forward_losses(model: LlamaForCausalLM, batch: Batch, tokens: float) -> tupl
     return logits_bTV, sample_losses(logits_bTV, batch.input_ids, batch.mask, tokens)
 
 
+def losses_and_statistics(
+    model: LlamaForCausalLM, batch: Batch, tokens: float, statistics: Statistics
+) -> tuple[Tensor, Tensor | None]:
+    """(l_i, what a weighting looks at, detached) of a micro-batch, from one forward."""
+    # -1: only the last hidden state is kept; transformers before that choice read it as true and keep all.
+    output = model(input_ids=batch.input_ids, output_hidden_states=-1 if statistics == "embedding" else False)
+    losses_b = sample_losses(output.logits, batch.input_ids, batch.mask, tokens)
+    found: Tensor | None = None
+    if statistics == "loss":
+        found = (losses_b.detach() * tokens / batch.mask.sum(dim=1).clamp(min=1))[:, None]
+    elif statistics == "loss_and_entropy":
+        found = sample_statistics(output.logits.detach(), batch.input_ids, batch.mask)
+    elif statistics == "embedding":
+        found = output.hidden_states[-1].detach()[:, -1].float()
+    return losses_b, found
+
+
 @torch.no_grad()
 def batch_losses(model: LlamaForCausalLM, batch: Batch, micro_batch: int, tokens: float) -> Tensor:
     """l_i of this rank's share without a graph, (b,)."""
@@ -96,7 +117,7 @@ class LowerLevel:
             decay_fraction=c.decay_fraction,
         )
 
-    def step(self, step: int, batch: Batch, weigher: Weigher | None) -> StepResult:
+    def step(self, step: int, batch: Batch, weighting: Weighting | None) -> StepResult:
         """Forward, weights, backward, clip, optimizer step; the clipped gradients stay in place.
 
         Raises:
@@ -105,14 +126,17 @@ class LowerLevel:
         micro = batch.micro_batches(self.config.micro_batch)
         tokens = tokens_per_sample(batch, self.config.global_batch)
         # A single micro-batch is weighed between its forward and its backward: its statistics cost nothing.
-        first = forward_losses(self.model, micro[0], tokens) if len(micro) == 1 else None
-        statistics_bS = self._statistics(micro, first, weigher)
-        scores_B, weights_B = self._weights(batch, weigher, statistics_bS)
+        statistics = weighting.statistics if weighting is not None else "none"
+        first = losses_and_statistics(self.model, micro[0], tokens, statistics) if len(micro) == 1 else None
+        began = time.perf_counter()
+        statistics_bS = first[1] if first is not None else self._statistics(micro, tokens, statistics)
+        scores_B, weights_B = self._weights(batch, weighting, statistics_bS)
+        weigh_s = time.perf_counter() - began
         start = dist.get_rank() * len(batch)
         weights_b = weights_B[start : start + len(batch)]
         losses = []
         for index, part in enumerate(micro):
-            _, losses_m = first if first is not None else forward_losses(self.model, part, tokens)
+            losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)[1]
             offset = index * self.config.micro_batch
             # FSDP averages gradients over ranks; times W, the average is the weighted sum.
             objective = dist.get_world_size() * torch.dot(weights_b[offset : offset + len(part)], losses_m)
@@ -123,24 +147,22 @@ class LowerLevel:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr)
+        return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr, weigh_s)
 
-    def _statistics(
-        self, micro: list[Batch], first: tuple[Tensor, Tensor] | None, weigher: Weigher | None
-    ) -> Tensor | None:
-        if weigher is None or not weigher.uses_statistics:
+    @torch.no_grad()
+    def _statistics(self, micro: list[Batch], tokens: float, statistics: Statistics) -> Tensor | None:
+        if statistics == "none":
             return None
-        with torch.no_grad():
-            logits = [first[0]] if first is not None else [self.model(input_ids=m.input_ids).logits for m in micro]
-            return torch.cat([sample_statistics(x, m.input_ids, m.mask) for x, m in zip(logits, micro, strict=True)])
+        found = [losses_and_statistics(self.model, part, tokens, statistics)[1] for part in micro]
+        return torch.cat([x for x in found if x is not None])
 
     def _weights(
-        self, batch: Batch, weigher: Weigher | None, statistics_bS: Tensor | None
+        self, batch: Batch, weighting: Weighting | None, statistics_bS: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        if weigher is None:
+        if weighting is None:
             size = self.config.global_batch
             return None, torch.full((size,), 1.0 / size, device=batch.input_ids.device)
-        return weigher.weigh(batch.input_ids, statistics_bS)
+        return weighting.weigh(batch.input_ids, statistics_bS)
 
     def _clip(self, step: int) -> float:
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -168,6 +190,22 @@ class LowerLevel:
         model: Any = self.model
         model.reshard()
         torch._foreach_copy_([shard(p) for p in self.parameters], list(values))
+
+    @torch.no_grad()
+    def everything(self) -> list[Tensor]:
+        """A copy of this rank's shards of the LM and of the optimizer's state."""
+        return [x.clone() for x in self._state()]
+
+    @torch.no_grad()
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Put back what `everything` gave."""
+        model: Any = self.model
+        model.reshard()
+        torch._foreach_copy_(self._state(), list(values))
+
+    def _state(self) -> list[Tensor]:
+        slots = (self.optimizer.state[p][k] for p in self.parameters for k in sorted(self.optimizer.state[p]))
+        return [shard(p.detach()) for p in self.parameters] + [shard(x) for x in slots if isinstance(x, Tensor)]
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ray_dwm.config import RunConfig
-from ray_dwm.core.schedules import BilevelSchedule
+from ray_dwm.core.schedules import BilevelSchedule, EveryN, Staged
 from ray_dwm.core.weighting import weights_from_scores
+from ray_dwm.engine.budget import first_every
+from ray_dwm.engine.controls import applied_weights, learnt_alignments
 from ray_dwm.engine.learner import METRICS, Feedback, State, WeightService
 from ray_dwm.engine.mesh import all_gather_rows
+from ray_dwm.engine.weighting import Statistics
 from ray_dwm.models.dwm import DataWeightingModel, DwmShape
 
 
@@ -32,22 +33,23 @@ class Weigher:
         self._model = model.to(device).eval()
         # State of every version from the applied one to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
-        self.seconds = 0.0
-        """Duration of the last `weigh`."""
+        self._step = 0
+        self._apply(0)
         service.restore(start)
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether the DWM looks at the LM's loss and entropy."""
-        return self._config.dwm.lm_features
+    def statistics(self) -> Statistics:
+        """See Weighting."""
+        return "loss_and_entropy" if self._config.dwm.lm_features else "none"
 
     @property
     def slots(self) -> int:
         """The most versions that can be in flight at once, the applied one included."""
-        return self._config.dwm.delay_steps // self._config.bilevel.every + 2
+        return self.schedule.delay_steps // self.schedule.closest + 2
 
     def advance(self, step: int) -> None:
         """Swap in the version that LM step `step` uses, waiting for it if it is late."""
+        self._step = step
         version = self.schedule.version(step)
         if version in self._versions and min(self._versions) == version:
             return
@@ -80,19 +82,17 @@ class Weigher:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the update that made the applied version."""
-        return dict(zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True))
+        """The applied version and figures of the update that made it."""
+        figures = zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True)
+        return {"dwm/version": self.version, **{f"dwm/{name}": value for name, value in figures}}
 
     @torch.no_grad()
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(scores, weights) of the global batch, both (B,), from this rank's sequences (b, T)."""
-        start = time.perf_counter()
-        encoded_BE = all_gather_rows(self._model.encode(input_ids_bT))
-        statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)
-        scores_B = self._model.scores(encoded_BE, statistics_BS)
-        weights_B = weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
-        self.seconds = time.perf_counter() - start
-        return scores_B, weights_B
+        """See Weighting; the scores are the DWM's own, whatever a null control makes of its weights."""
+        scores_B = batch_scores(self._model, input_ids_bT, statistics_bS)
+        dwm = self._config.dwm
+        weights_B = weights_from_scores(scores_B, dwm.temperature, dwm.floor)
+        return scores_B, applied_weights(dwm.control, weights_B, self._config.seed, self._step)
 
     def submit(
         self,
@@ -104,11 +104,12 @@ class Weigher:
     ) -> None:
         """Send the feedback of a bi-level step upwards: alignments of some rows of this rank's share."""
         start = dist.get_rank() * len(input_ids_bT)
+        control, seed = self._config.dwm.control, self._config.seed
         self._service.submit(
             Feedback(
                 version=self.schedule.updates_before(step + 1),
                 input_ids=all_gather_rows(input_ids_bT).cpu(),
-                alignments=all_gather_rows(alignments_c).cpu(),
+                alignments=learnt_alignments(control, all_gather_rows(alignments_c), seed, step).cpu(),
                 positions=all_gather_rows(start + rows_c).cpu(),
                 statistics=None if statistics_bS is None else all_gather_rows(statistics_bS).cpu(),
             )
@@ -141,10 +142,28 @@ class Weigher:
         self._apply(version)
 
 
+def batch_scores(model: DataWeightingModel, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> Tensor:
+    """Scores of the global batch, (B,): every rank encodes its own sequences, the joint head sees all of them."""
+    encoded_BE = all_gather_rows(model.encode(input_ids_bT))
+    statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)
+    return model.scores(encoded_BE, statistics_BS)
+
+
 def schedule(config: RunConfig) -> BilevelSchedule:
     """The bi-level schedule of a run."""
-    return BilevelSchedule(
-        every=config.bilevel.every,
-        warmup_steps=config.bilevel.warmup_steps,
-        delay_steps=config.dwm.delay_steps,
+    bilevel, delay = config.bilevel, config.dwm.delay_steps
+    if bilevel.stages:
+        return Staged(
+            stages=bilevel.stages,
+            updates=bilevel.stage_updates,
+            total_steps=config.train.steps,
+            warmup_steps=bilevel.warmup_steps,
+            delay_steps=delay,
+            hold=bilevel.stage_lm == "hold",
+        )
+    return EveryN(
+        every=first_every(config),
+        warmup_steps=bilevel.warmup_steps,
+        delay_steps=delay,
+        changing=bilevel.every == 0,
     )

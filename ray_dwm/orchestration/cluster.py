@@ -66,7 +66,7 @@ def quiet_ray_data() -> None:
 
 def needed(config: RunConfig) -> dict[str, float]:
     """Logical resources that a run holds at the same time."""
-    cluster, dwm = config.cluster, config.dwm.enabled
+    cluster, dwm = config.cluster, config.learns_dwm
     gpus = cluster.workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
     return {"CPU": _cpus(config, dwm), "GPU": gpus}
 

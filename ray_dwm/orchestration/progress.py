@@ -68,7 +68,9 @@ class Progress:
             f"ETA {int(left // 60)}:{int(left % 60):02d}"
         )
         if "dwm/ess" in line:
-            text += f"  ESS {line['dwm/ess'] / self._config.train.global_batch:.0%}  DWM v{line['dwm/version']}"
+            text += f"  ESS {line['dwm/ess'] / self._config.train.global_batch:.0%}"
+        if "dwm/version" in line:
+            text += f"  DWM v{line['dwm/version']}"
         return text
 
 

@@ -57,7 +57,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _fit(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
-    actor = create_actor(config, build_learner(config, manifest)) if config.dwm.enabled else None
+    actor = create_actor(config, build_learner(config, manifest)) if config.learns_dwm else None
     try:
         with Progress(config):
             _trainer(config).fit()
@@ -120,7 +120,7 @@ def _run(config: RunConfig) -> None:
         config.cluster.ingest_memory_mb,
     )
     service = None
-    if config.dwm.enabled:
+    if config.learns_dwm:
         service = RemoteWeightService(ray.get_actor(actor_name(config), namespace=NAMESPACE))
 
     def on_checkpoint(step: int, path: Path, figures: dict[str, float]) -> None:
@@ -151,7 +151,7 @@ def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str
     totals = {phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines) for phase in PHASES}
     return {
         "name": config.name,
-        "weighting": "dwm" if config.dwm.enabled else "uniform",
+        "weighting": config.weighting.method,
         "steps": config.train.steps,
         "tokens": last["tokens"],
         "workers": world,

@@ -1,4 +1,4 @@
-"""Run folders written by hand: ten steps, uniform against a DWM that is ahead."""
+"""Run folders written by hand: ten steps, uniform against a method that is ahead."""
 
 from __future__ import annotations
 
@@ -13,33 +13,40 @@ from ray_dwm.engine.metrics import WeightsWriter
 STEPS, BATCH, TOKENS = 10, 8, 128
 
 
-def write_run(root: Path, name: str, *, dwm: bool, final: float) -> Path:
+def write_run(root: Path, name: str, *, method: str, final: float) -> Path:
     """A finished run whose target loss falls in a straight line from 4 to `final`."""
     shards = {part: root / "shards" / part for part in ("train", "target", "held_out")}
     if not shards["train"].exists():
         make_shards(shards["train"], good=40, noise=40, seed=1)
         for part in ("target", "held_out"):
             make_shards(shards[part], good=16, noise=0, seed=2, files=1)
-    config = tiny_config(shards, root / "runs", f"name={name}", f"dwm.enabled={dwm}", f"train.steps={STEPS}")
+    config = tiny_config(shards, root / "runs", f"name={name}", f"weighting.method={method}", f"train.steps={STEPS}")
     folder = config.run_dir
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    lines = [_line(step, dwm, final) for step in range(STEPS + 1)]
+    lines = [_line(step, method, final) for step in range(STEPS + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "summary.json").write_text(json.dumps(_summary(config, lines, final)))
-    if dwm:
+    if method != "uniform":
         _write_weights(folder)
     return folder
 
 
-def _line(step: int, dwm: bool, final: float) -> dict[str, float]:
+def _line(step: int, method: str, final: float) -> dict[str, float]:
     loss = 4.0 + (final - 4.0) * step / STEPS
-    line = {"step": step, "tokens": step * TOKENS, "time_s": step * (1.1 if dwm else 1.0), "val/target/loss": loss}
+    line = {
+        "step": step,
+        "tokens": step * TOKENS,
+        "time_s": step * (1.0 if method == "uniform" else 1.1),
+        "val/target/loss": loss,
+    }
     line["val/test/loss"] = loss + 0.1
     if step:
         line |= {"loss": loss + 0.1, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": TOKENS}
-    if step and dwm:
-        line |= {"dwm/version": step // 2, "dwm/ess": 7.5, "dwm/entropy": 0.97, "dwm/hypergrad_norm": 0.1}
+    if step and method == "dwm":
+        line |= {"dwm/version": step // 2, "dwm/hypergrad_norm": 0.1}
+    if step and method != "uniform":
+        line |= {"dwm/ess": 7.5, "dwm/entropy": 0.97}
         line |= {"weight/good": 1 + step / 20, "weight/noise": 1 - step / 20}
     return line
 
@@ -51,7 +58,7 @@ def _summary(config: RunConfig, lines: list[dict[str, float]], final: float) -> 
         "tokens": lines[-1]["tokens"],
         "workers": 2,
         "train_seconds": lines[-1]["time_s"],
-        "overhead_frac": 0.1 if config.dwm.enabled else 0.0,
+        "overhead_frac": 0.0 if config.weighting.method == "uniform" else 0.1,
         "seconds": {"data": 0.5, "dwm_wait": 0.1, "weigh": 0.2, "step": 9.0, "bilevel": 0.7, "log": 0.1},
         "final": {"val/target/loss": final, "val/test/loss": final},
     }

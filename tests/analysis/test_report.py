@@ -39,7 +39,7 @@ def outline(path: Path) -> Outline:
 
 
 def test_report_of_a_pair_of_runs(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path, "u", dwm=False, final=3.0), write_run(tmp_path, "d", dwm=True, final=2.0)]
+    folders = [write_run(tmp_path, "u", method="uniform", final=3.0), write_run(tmp_path, "d", method="dwm", final=2.0)]
     write_report(folders, tmp_path / "report.html")
     page = outline(tmp_path / "report.html")
     assert page.fetched == []
@@ -52,15 +52,24 @@ def test_report_of_a_pair_of_runs(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_report_of_a_baseline_has_its_name_and_no_hypergradient(tmp_path: Path) -> None:
+    runs = [("u", "uniform", 3.0), ("l", "loss", 2.0)]
+    write_report([write_run(tmp_path, n, method=m, final=f) for n, m, f in runs], tmp_path / "report.html")
+    headings = outline(tmp_path / "report.html").headings
+    assert "What loss preferred" in headings and "Hypergradient" not in headings
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<svg") == 7 and '<span class="tag weighted">loss</span>' in text
+
+
 def test_report_of_a_uniform_run_alone(tmp_path: Path) -> None:
-    write_report([write_run(tmp_path, "u", dwm=False, final=3.0)], tmp_path / "report.html")
+    write_report([write_run(tmp_path, "u", method="uniform", final=3.0)], tmp_path / "report.html")
     headings = outline(tmp_path / "report.html").headings
     assert "Verdict" not in headings and "What the DWM preferred" not in headings
     assert "Loss" in headings
 
 
 def test_phases_hold_the_extremes_of_each_third(tmp_path: Path) -> None:
-    run = open_run(write_run(tmp_path, "d", dwm=True, final=2.0))
+    run = open_run(write_run(tmp_path, "d", method="dwm", final=2.0))
     found = phases(run.weights(), Texts(run.config.data.train), count=2)
     assert [phase.name for phase in found] == ["early", "middle", "late"]
     assert found[0].first_step == 1 and found[-1].last_step == STEPS
@@ -71,7 +80,7 @@ def test_phases_hold_the_extremes_of_each_third(tmp_path: Path) -> None:
 
 
 def test_text_of_a_run_cannot_break_the_page(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "d", dwm=True, final=2.0)
+    folder = write_run(tmp_path, "d", method="dwm", final=2.0)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("project: ray_dwm", 'project: "<script>alert(1)</script>"'))
     write_report([folder], tmp_path / "report.html")

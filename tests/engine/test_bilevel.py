@@ -376,7 +376,7 @@ def brute_force(config: RunConfig) -> torch.Tensor:
 class _Fixed:
     """Uniform weights with one moved by h."""
 
-    uses_statistics = False
+    statistics = "none"
 
     def __init__(self, size: int, index: int, h: float) -> None:
         self._weights = torch.full((size,), 1.0 / size)

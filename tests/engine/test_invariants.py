@@ -81,7 +81,7 @@ def plain_training(config: RunConfig) -> list[torch.Tensor]:
 def test_uniform_weights_are_plain_training_bit_for_bit(
     shards: dict[str, Path], tmp_path: Path, weighting: str
 ) -> None:
-    extra = ["dwm.enabled=false"] if weighting == "off" else ["bilevel.warmup_steps=1000"]
+    extra = ["weighting.method=uniform"] if weighting == "off" else ["bilevel.warmup_steps=1000"]
     config = tiny_config(shards, tmp_path, "train.schedule=constant", "train.clip_norm=0.5", *extra)
     ours = run(1, tmp_path / "ours", train, config)
     for a, b in zip(ours["theta"], plain_training(config), strict=True):
@@ -113,7 +113,15 @@ RESUMED = [
     (1, 2, ["bilevel.every=1"]),  # before the first checkpoint
     (2, 7, ["dwm.delay_steps=2", "bilevel.every=3", "dwm.lm_features=true", "train.micro_batch=2"]),
     (1, 5, ["train.optimizer=sgd", "train.momentum=0.9"]),
-    (1, 5, ["dwm.enabled=false"]),
+    (1, 5, ["weighting.method=uniform"]),
+    (1, 5, ["weighting.method=loss", "weighting.r_warmup_steps=3", "weighting.r_anneal_steps=4"]),
+    (2, 5, ["weighting.method=joint_update_aware", "weighting.anchor_every=2", "weighting.anchor_sequences=16"]),
+    (2, 5, ["bilevel.every=1", "bilevel.reuse=3", "bilevel.fraction=0.5"]),
+    (1, 5, ["bilevel.every=1", "bilevel.estimator=ghost", "bilevel.target_at=theta"]),
+    (1, 4, ["bilevel.stages=2", "bilevel.stage_updates=2", "bilevel.stage_lm=hold"]),
+    (1, 5, ["dwm.control=random", "bilevel.every=1"]),
+    (2, 5, ["dwm.control=shuffled", "bilevel.every=1"]),
+    (1, 5, ["dwm.control=shuffled_target", "bilevel.every=1"]),
 ]
 
 
@@ -127,6 +135,6 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
     run(world, tmp_path / "b1", train, stopped, stop_at)
     resumed = run(world, tmp_path / "b2", train, stopped)
     assert whole["lines"] == resumed["lines"]
-    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == stopped.dwm.enabled
+    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == (stopped.weighting.method == "dwm")
     for a, b in zip(whole["theta"] + whole["phi"], resumed["theta"] + resumed["phi"], strict=True):
         assert torch.equal(a, b)

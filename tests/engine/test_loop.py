@@ -29,7 +29,13 @@ def message_of(config: RunConfig) -> str:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_diverging_run_stops_before_the_optimizer_moves(shards: dict[str, Path], tmp_path: Path, world: int) -> None:
-    options = ["train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0", "checkpoint.every=1", "dwm.enabled=false"]
+    options = [
+        "train.lr=1e30",
+        "train.optimizer=sgd",
+        "train.clip_norm=0",
+        "checkpoint.every=1",
+        "weighting.method=uniform",
+    ]
     config = tiny_config(shards, tmp_path, *options, f"cluster.workers={world}")
     message = run(world, tmp_path / "p", message_of, config)
     assert "not finite at step" in message and "lower train.lr" in message

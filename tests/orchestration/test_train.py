@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,31 @@ def test_the_same_command_again_does_nothing(undisturbed: RunConfig, console: Co
     assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_baseline_runs_without_an_actor(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
+    options = ("weighting.method=joint_update_aware", "weighting.anchor_sequences=16", "train.steps=10")
+    config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=baseline")
+    process = console.start(config)
+    seen = False
+    while process.poll() is None:
+        seen = seen or bool(processes("ray::DwmService"))
+        time.sleep(0.2)
+    output = console.finish(config, process)
+    assert not seen and "ESS" in output and "DWM v" not in output
+    assert json.loads((config.run_dir / "summary.json").read_text())["weighting"] == "joint_update_aware"
+    assert len(pq.read_table(config.run_dir / "weights")) == 10 * 8
+    assert not (config.run_dir / "dwm").exists()
+
+
 def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
     shards: dict[str, Path], console: Console, tmp_path: Path
 ) -> None:
-    options = ("train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0", "dwm.enabled=false", "checkpoint.every=1")
+    options = (
+        "train.lr=1e30",
+        "train.optimizer=sgd",
+        "train.clip_norm=0",
+        "weighting.method=uniform",
+        "checkpoint.every=1",
+    )
     config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=diverges")
     last = console.finish(config, console.start(config), code=1).splitlines()[-1]
     assert last.startswith("error: the gradient is not finite at step")

@@ -1,0 +1,112 @@
+"""Online baselines in the DWM's place: weights from the LM alone, by the pure functions of core/reweighting.py.
+
+Legend: B = sequences of the global batch, b = this rank's, D = the LM's width. Scores are log(B w): 0 is uniform.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from ray_dwm.config import RunConfig
+from ray_dwm.core.reweighting import anchor_alignment, annealed_r, joint_update_aware_weights, loss_based_weights
+from ray_dwm.core.weighting import log_relative
+from ray_dwm.data.plan import target_rows
+from ray_dwm.data.shards import ShardReader
+from ray_dwm.engine.batch import to_batch
+from ray_dwm.engine.learner import State
+from ray_dwm.engine.mesh import all_gather_rows, all_sum
+from ray_dwm.engine.step import losses_and_statistics
+from ray_dwm.engine.weighting import Statistics
+
+
+class LossWeighting:
+    """A function of the sequences' current losses (Sow et al., ICLR 2025). A sequence without counted tokens has 0."""
+
+    statistics: Statistics = "loss"
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config.weighting
+        self._step = 0
+
+    def advance(self, step: int) -> None:
+        """See Weighting."""
+        self._step = step
+
+    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See Weighting."""
+        del input_ids_bT
+        assert statistics_bS is not None
+        c = self._config
+        r = annealed_r(self._step, warmup_steps=c.r_warmup_steps, r_final=c.r, anneal_steps=c.r_anneal_steps)
+        weights_B = loss_based_weights(all_gather_rows(statistics_bS).squeeze(1), c.strategy, r)
+        return log_relative(weights_B), weights_B
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """See Weighting."""
+        return {}
+
+    def state_dict(self, step: int) -> State:
+        """See Weighting."""
+        del step
+        return {}
+
+    def load_state_dict(self, step: int, state: State) -> None:
+        """See Weighting."""
+
+
+class JointUpdateAwareWeighting:
+    """Likeness to the target set's mean embedding, less redundancy within the batch (DataFlex)."""
+
+    statistics: Statistics = "embedding"
+
+    def __init__(
+        self, config: RunConfig, model: LlamaForCausalLM, target: ShardReader, seq_len: int, device: torch.device
+    ) -> None:
+        self._config, self._model, self._target = config, model, target
+        self._seq_len, self._device = seq_len, device
+        self._anchor_D = torch.zeros(model.config.hidden_size, device=device)
+
+    def advance(self, step: int) -> None:
+        """See Weighting; at every `anchor_every`-th step the anchor is taken anew, from the LM as it is now."""
+        if step % self._config.weighting.anchor_every == 0:
+            self._anchor_D = self._anchor(step // self._config.weighting.anchor_every)
+
+    @torch.no_grad()
+    def _anchor(self, refresh: int) -> Tensor:
+        """Mean embedding of fresh target sequences, (D,)."""
+        size = self._config.weighting.anchor_sequences
+        rows = target_rows(self._target.manifest.rows, size, refresh, self._config.seed)
+        share = size // dist.get_world_size()
+        start = dist.get_rank() * share
+        batch = to_batch(self._target.take(rows[start : start + share]), self._seq_len, self._device)
+        parts = batch.micro_batches(self._config.train.micro_batch)
+        embeddings = [losses_and_statistics(self._model, part, 1.0, self.statistics)[1] for part in parts]
+        return all_sum(torch.stack([x.sum(dim=0) for x in embeddings if x is not None]).sum(dim=0)) / size
+
+    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See Weighting."""
+        del input_ids_bT
+        assert statistics_bS is not None
+        alignment_B, gram_BB = anchor_alignment(all_gather_rows(statistics_bS), self._anchor_D)
+        c = self._config.weighting
+        weights_B = joint_update_aware_weights(alignment_B, gram_BB, c.beta, c.tau)
+        return log_relative(weights_B), weights_B
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """See Weighting."""
+        return {}
+
+    def state_dict(self, step: int) -> State:
+        """See Weighting."""
+        del step
+        return {"anchor": self._anchor_D.clone()}
+
+    def load_state_dict(self, step: int, state: State) -> None:
+        """See Weighting."""
+        del step
+        self._anchor_D = state["anchor"]

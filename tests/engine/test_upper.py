@@ -1,0 +1,178 @@
+"""Schedules in real runs: stages, a held LM, a DWM that is given, and a budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from gloo import run
+from synthetic import tiny_config
+
+from ray_dwm.config import RunConfig
+from ray_dwm.core.schedules import EveryN
+from ray_dwm.core.weighting import weights_from_scores
+from ray_dwm.data.records import read_metrics
+from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.budget import Budget
+from ray_dwm.engine.export import export_dwm
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.mesh import shard
+from ray_dwm.engine.setup import build, check_data
+from ray_dwm.errors import DataError
+from ray_dwm.models.hf import load_dwm
+
+
+def fitted(config: RunConfig) -> dict[str, Any]:
+    """Metrics, final LM, and the optimizer's step count."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    manifest = check_data(config)
+    parts = build(config, on_checkpoint=lambda step, path, figures: export_dwm(parts, manifest, step))
+    Trainer(parts).fit()
+    state = parts.lower.optimizer.state[parts.lower.parameters[0]]
+    theta = [shard(p).detach().clone() for p in parts.lower.parameters]
+    return {"lines": read_metrics(config.run_dir / "metrics.jsonl"), "theta": theta, "taken": int(state["step"])}
+
+
+def test_a_held_lm_only_teaches(shards: dict[str, Path], tmp_path: Path) -> None:
+    """Two steps of warm-up, then four held ones: the LM is that of two steps, the DWM has four updates."""
+    base = ["train.steps=6", "train.schedule=constant", "bilevel.warmup_steps=2", "dwm.delay_steps=0"]
+    staged = ["bilevel.stages=1", "bilevel.stage_updates=4", "bilevel.stage_lm=hold"]
+    held = run(1, tmp_path / "h", fitted, tiny_config(shards, tmp_path / "h", *base, *staged))
+    short = ["train.steps=2", "train.schedule=constant", "weighting.method=uniform"]
+    plain = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path / "p", *short))
+    assert held["taken"] == 2
+    for a, b in zip(held["theta"], plain["theta"], strict=True):
+        assert torch.equal(a, b)
+    assert [line.get("dwm/version") for line in held["lines"][1:]] == [0, 0, 0, 1, 2, 3]
+    losses = [line["val/target/loss"] for line in held["lines"] if "val/target/loss" in line]
+    assert losses[-1] == losses[-2]  # after three steps, and after six
+
+
+def test_stages_learn_then_stay(shards: dict[str, Path], tmp_path: Path) -> None:
+    options = ["train.steps=9", "bilevel.stages=2", "bilevel.stage_updates=2", "dwm.delay_steps=0"]
+    found = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *options))
+    assert found["taken"] == 9
+    assert [line["dwm/version"] for line in found["lines"][1:]] == [0, 0, 1, 2, 2, 2, 3, 4, 4]
+
+
+@pytest.fixture(scope="module")
+def taught(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that has learnt a DWM and left its trajectory."""
+    root = tmp_path_factory.mktemp("taught")
+    options = ["train.steps=8", "bilevel.every=1", "checkpoint.every=2", "dwm.lr=0.03", "name=taught"]
+    config = tiny_config(shards, root, *options)
+    run(1, root / "p", fitted, config)
+    return config
+
+
+def applied(config: RunConfig) -> torch.Tensor:
+    """Weights that training used, (steps, B)."""
+    table = pq.read_table(config.run_dir / "weights")
+    return torch.tensor(table["weight"].to_pylist()).view(-1, config.train.global_batch)
+
+
+def expected_weights(config: RunConfig, folder: Path, step: int) -> torch.Tensor:
+    """Of a plain forward of a DWM folder over the batch of a step, (B,)."""
+    model, _ = load_dwm(folder)
+    ids = pq.read_table(config.run_dir / "weights")["sample_id"].to_pylist()[step * 8 : (step + 1) * 8]
+    reader = open_shards(config.data.train)
+    rows = reader.take(np.arange(reader.manifest.rows))
+    where = {int(key): row for row, key in enumerate(rows.sample_ids)}
+    tokens = torch.from_numpy(rows.input_ids[[where[i] for i in ids]])
+    return 8 * weights_from_scores(model(tokens).detach())
+
+
+def test_a_frozen_dwm_weighs_without_learning(shards: dict[str, Path], tmp_path: Path, taught: RunConfig) -> None:
+    folder = sorted((taught.run_dir / "dwm").glob("v*"))[-1]
+    config = tiny_config(shards, tmp_path, "dwm.mode=frozen", f"dwm.init_from={folder}")
+    found = run(1, tmp_path / "p", fitted, config)
+    weights = applied(config)
+    for step in (0, 5):
+        expected = expected_weights(config, folder, step)
+        torch.testing.assert_close(weights[step], expected, rtol=1e-4, atol=1e-4)
+        assert float(expected.std()) > 1e-3
+    assert not any("dwm/hypergrad_norm" in line for line in found["lines"])
+    assert not (config.run_dir / "dwm").exists()
+
+
+def test_a_trajectory_is_replayed_by_fraction_of_training(
+    shards: dict[str, Path], tmp_path: Path, taught: RunConfig
+) -> None:
+    """Recorded at 2, 4, 6 and 8 of 8 steps; replayed over 16."""
+    trajectory = taught.run_dir / "dwm"
+    entries = json.loads((trajectory / "trajectory.json").read_text())["versions"]
+    assert [entry["fraction"] for entry in entries] == [0.25, 0.5, 0.75, 1.0]
+    config = tiny_config(shards, tmp_path, "train.steps=16", "dwm.mode=replay", f"dwm.trajectory={trajectory}")
+    found = run(1, tmp_path / "p", fitted, config)
+    assert [line["dwm/version"] for line in found["lines"][1:]] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    weights = applied(config)
+    assert torch.equal(weights[3], torch.ones(8))
+    for step, entry in ((4, entries[0]), (15, entries[2])):
+        expected = expected_weights(config, trajectory / entry["folder"], step)
+        torch.testing.assert_close(weights[step], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_learning_goes_on_from_a_given_dwm(shards: dict[str, Path], tmp_path: Path, taught: RunConfig) -> None:
+    folder = sorted((taught.run_dir / "dwm").glob("v*"))[-1]
+    config = tiny_config(shards, tmp_path, f"dwm.init_from={folder}", "bilevel.every=1", "checkpoint.every=6")
+    found = run(1, tmp_path / "p", fitted, config)
+    torch.testing.assert_close(applied(config)[0], expected_weights(config, folder, 0), rtol=1e-4, atol=1e-4)
+    assert found["lines"][-1]["dwm/version"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["dwm.mode=replay", "dwm.trajectory={dwm}/v000001"], "trajectory.json does not exist"),
+        (["dwm.mode=frozen", "dwm.init_from={dwm}"], "not a readable DWM folder"),
+        (["dwm.init_from={dwm}/none"], "not a readable DWM folder"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    shards: dict[str, Path], tmp_path: Path, taught: RunConfig, options: list[str], reason: str
+) -> None:
+    config = tiny_config(shards, tmp_path, *[o.format(dwm=taught.run_dir / "dwm") for o in options])
+    with pytest.raises(DataError, match=reason):
+        run(1, tmp_path / "p", build, config)
+
+
+def spending(config: RunConfig) -> list[Any]:
+    """What a budget says to made-up seconds: 1 s plain, 0.01 s always, 0.1 s + 0.01 s for each target sequence."""
+    schedule = EveryN(every=10, warmup_steps=2, delay_steps=1, changing=True)
+    budget, choices = Budget(config, schedule), []
+    step = 0
+    while len(choices) < 2 and step < 500:
+        due = schedule.is_bilevel(step)
+        slow = 3.0 if choices else 1.0  # everything of the DWM becomes slower after the first choice
+        seconds = {"target_gradient": slow * 0.01 * budget.target_batch, "direction": slow * 0.1, "fidelity": 9.0}
+        choice = budget.observe(step, 1.0, 0.01, seconds if due else None)
+        if choice is not None:
+            choices.append((step, choice.every, choice.target_batch))
+        step += 1
+    other = Budget(config, EveryN(every=10, warmup_steps=2, delay_steps=1, changing=True))
+    other.load_state_dict(budget.state_dict())
+    same = [schedule.updates_before(s) for s in range(choices[0][0], 600)]
+    again = [other._schedule.updates_before(s) for s in range(choices[0][0], 600)]
+    return [*choices, same == again, other.target_batch]
+
+
+def test_a_budget_chooses_watches_and_chooses_again(shards: dict[str, Path], tmp_path: Path) -> None:
+    """Room is 0.04 s a step. First 0.26 / 0.04: every 7th. Then 0.78 needs 20: 8 targets, 0.54 / 0.04 gives 14."""
+    config = tiny_config(shards, tmp_path, "bilevel.every=0", "bilevel.target_batch=16")
+    first, second, same, batch = run(1, tmp_path / "p", spending, config)
+    assert first == (22, 7, 16)  # the third bi-level step, after those at 2 and 12
+    assert second[1:] == (14, 8)
+    assert same and batch == 8
+
+
+def test_a_run_within_a_budget(shards: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["bilevel.every=0", "bilevel.max_overhead=0.5", "train.steps=34", "checkpoint.every=34"]
+    found = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *options))
+    chosen = [line for line in found["lines"] if "bilevel/every" in line]
+    assert len(chosen) >= 1 and chosen[0]["step"] == 22
+    assert f"a bi-level step every {chosen[0]['bilevel/every']:g} steps" in capfd.readouterr().out
