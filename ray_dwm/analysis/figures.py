@@ -129,6 +129,34 @@ def hypergradient(run: Run) -> str:
     return out[0]
 
 
+def fidelity(run: Run) -> str:
+    """Cosine of the alignments with a better estimator's, wherever it was measured."""
+    with _figure() as (_, axes, out):
+        x, y = run.series("dwm/fidelity")
+        axes.plot(np.array(x) / 1e6, y, color=DWM, marker="o", markersize=4)
+        axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_ylim(min(0.9, *y) - 0.01, 1.005)
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel("fidelity (cosine)")
+    return out[0]
+
+
+def predicted_change(run: Run) -> str:
+    """Change of the target loss in a step: to first order, and as it was."""
+    with _figure() as (_, axes, out):
+        for key, colour, label in (
+            ("bilevel/realised_change", UNIFORM, "realised"),
+            ("bilevel/predicted_change", DWM, "predicted"),
+        ):
+            x, y = run.series(key)
+            axes.plot(np.array(x) / 1e6, y, color=colour, marker="o", markersize=4, label=label)
+        axes.axhline(0.0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel("nats per token, one step")
+        axes.legend(frameon=False)
+    return out[0]
+
+
 def overhead(run: Run) -> str:
     """Where the weighted run's time went."""
     seconds = run.summary["seconds"]

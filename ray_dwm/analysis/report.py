@@ -12,7 +12,7 @@ from ray_dwm.analysis import figures
 from ray_dwm.analysis.preferences import Texts, phases
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import differences, verdict
-from ray_dwm.config import to_yaml
+from ray_dwm.config import BilevelConfig, to_yaml
 from ray_dwm.data.records import write_whole
 
 
@@ -37,7 +37,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "differences": differences(uniform, weighted) if uniform and weighted else [],
         "losses": [
             (
-                _title(key),
+                _title(key, shown),
                 figures.losses(runs, key, "tokens"),
                 figures.losses(runs, key, "time_s"),
             )
@@ -49,14 +49,24 @@ def _content(runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _title(key: str) -> str:
+def _title(key: str, run: Run) -> str:
     name = key.removeprefix("val/").removesuffix("/loss")
-    return "Target set" if name == "target" else f"Held-out set: {name}"
+    if name == "target":
+        return "Target set"
+    return f"Target set: {name}" if name in run.config.data.more_targets else f"Held-out set: {name}"
+
+
+def _visits(bilevel: BilevelConfig) -> str:
+    """When the upper level was visited, in words."""
+    if bilevel.stages:
+        return f"{bilevel.stage_updates} times at the start of each of {bilevel.stages} stages"
+    return f"every {bilevel.every} steps" if bilevel.every else f"within a budget of {bilevel.max_overhead:.0%}"
 
 
 def _weighted(run: Run) -> dict[str, Any]:
     config = run.config
-    learnt = config.weighting.method == "dwm"
+    learnt = config.learns_dwm
+    checked = learnt and bool(run.series("dwm/fidelity")[0])
     return {
         "label": run.label,
         "learnt": learnt,
@@ -66,5 +76,8 @@ def _weighted(run: Run) -> dict[str, Any]:
         "overhead": figures.overhead(run),
         "overhead_frac": run.summary["overhead_frac"],
         "phases": phases(run.weights(), Texts(config.data.train)),
-        "every": config.bilevel.every,
+        "fidelity": figures.fidelity(run) if checked else None,
+        "predicted": figures.predicted_change(run) if checked else None,
+        "visits": _visits(config.bilevel),
+        "estimator": config.bilevel.estimator,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ray
@@ -148,6 +149,7 @@ def _run(config: RunConfig) -> None:
 def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str, Any]:
     lines = read_metrics(config.run_dir / "metrics.jsonl")
     last = lines[-1]
+    fidelities = [line["dwm/fidelity"] for line in lines if "dwm/fidelity" in line]
     totals = {phase: sum(line.get(f"seconds/{phase}", 0.0) for line in lines) for phase in PHASES}
     return {
         "name": config.name,
@@ -159,6 +161,7 @@ def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str
         "tokens_per_s": last["tokens"] / last["time_s"],
         "overhead_frac": overhead(totals),
         "seconds": totals,
+        **({"fidelity": median(fidelities)} if fidelities else {}),
         "final": final,
     }
 

@@ -45,6 +45,8 @@ def _line(step: int, method: str, final: float) -> dict[str, float]:
         line |= {"loss": loss + 0.1, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": TOKENS}
     if step and method == "dwm":
         line |= {"dwm/version": step // 2, "dwm/hypergrad_norm": 0.1}
+    if step in (4, 8) and method == "dwm":
+        line |= {"dwm/fidelity": 0.99, "bilevel/predicted_change": -0.01, "bilevel/realised_change": -0.012}
     if step and method != "uniform":
         line |= {"dwm/ess": 7.5, "dwm/entropy": 0.97}
         line |= {"weight/good": 1 + step / 20, "weight/noise": 1 - step / 20}

@@ -47,7 +47,8 @@ def test_report_of_a_pair_of_runs(tmp_path: Path) -> None:
         assert heading in page.headings
     assert "Effective sample size and entropy" in page.headings
     text = (tmp_path / "report.html").read_text()
-    assert text.count("<svg") == 8  # two sets by two axes, domains, ESS, hypergradient, overhead
+    assert text.count("<svg") == 10  # two sets by two axes, domains, ESS, hypergradient, overhead, and two of the error
+    assert "Predicted and realised change of the target loss" in page.headings and "Fidelity" in page.headings
     assert len(re.findall(r'id="([^"]+)"', text)) == len(set(re.findall(r'id="([^"]+)"', text)))
     assert not list(tmp_path.glob("*.tmp"))
 
