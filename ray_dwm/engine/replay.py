@@ -71,7 +71,8 @@ class ReplayedWeighting:
             self._entries = read_trajectory(Path(config.dwm.trajectory).expanduser())
         else:
             self._entries = [Entry(0.0, Path(config.dwm.init_from).expanduser())]
-        self._index, self._model = -1, self._load(0)  # before training: a folder that does not fit is refused now
+        # All of them, before training: a folder that does not fit is refused now.
+        self._index, self._model = -1, [self._load(index) for index in range(len(self._entries))][0]
 
     def _load(self, index: int) -> DataWeightingModel:
         model, _ = load_dwm(self._entries[index].folder, self._sha256)

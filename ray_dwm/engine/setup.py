@@ -61,10 +61,11 @@ def check_data(config: RunConfig) -> Manifest:
             )
         if name in target_sets(config) and config.target_draw is not None:
             key, sequences = config.target_draw
+            of_it = " of each set" if config.data.more_targets else ""
             sets = len(target_sets(config)) if config.weighting.method == "dwm" else 1
             if other.rows < sequences // sets:
                 raise DataError(
-                    f"target set {other.folder} has {other.rows} sequences, {key} asks for {sequences // sets} of it: "
+                    f"target set {other.folder} has {other.rows} sequences, {key} asks for {sequences // sets}{of_it}: "
                     "lower it or prepare a larger target set"
                 )
     if config.target_draw is not None and not config.data.target:
@@ -72,7 +73,18 @@ def check_data(config: RunConfig) -> Manifest:
             f"data.target is empty: weighting.method={config.weighting.method} needs a target set, or set "
             "weighting.method=uniform"
         )
+    _check_given_dwm(config, train)
     return train
+
+
+def _check_given_dwm(config: RunConfig, train: Manifest) -> None:
+    """Read the DWM that a run is given, so that one that does not fit is told before anything starts."""
+    if config.weighting.method != "dwm":
+        return
+    if config.dwm.mode != "learn":
+        ReplayedWeighting(config, train.tokenizer_sha256, torch.device("cpu"))
+    elif config.dwm.init_from:
+        build_learner(config, train)
 
 
 def evaluation_sets(config: RunConfig) -> dict[str, str]:

@@ -183,6 +183,9 @@ def _absolute(config: RunConfig) -> RunConfig:
     for name in ("train", "target"):
         if data["data"][name]:
             data["data"][name] = str(Path(data["data"][name]).expanduser().absolute())
+    for name in ("init_from", "trajectory"):
+        if data["dwm"][name]:
+            data["dwm"][name] = str(Path(data["dwm"][name]).expanduser().absolute())
     for section in ("more_targets", "held_out"):
         folders = data["data"][section]
         data["data"][section] = {k: str(Path(v).expanduser().absolute()) for k, v in folders.items()}

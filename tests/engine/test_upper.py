@@ -19,11 +19,12 @@ from ray_dwm.core.weighting import weights_from_scores
 from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.budget import Budget
+from ray_dwm.engine.contraction import Problem
 from ray_dwm.engine.export import export_dwm
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import shard
 from ray_dwm.engine.setup import build, check_data
-from ray_dwm.errors import DataError
+from ray_dwm.errors import DataError, TrainingError
 from ray_dwm.models.hf import load_dwm
 
 
@@ -176,3 +177,47 @@ def test_a_run_within_a_budget(shards: dict[str, Path], tmp_path: Path, capfd: p
     chosen = [line for line in found["lines"] if "bilevel/every" in line]
     assert len(chosen) >= 1 and chosen[0]["step"] == 22
     assert f"a bi-level step every {chosen[0]['bilevel/every']:g} steps" in capfd.readouterr().out
+
+
+def test_a_poor_estimator_and_concentrated_weights_are_told(
+    shards: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    poor = ["bilevel.rank=1", "bilevel.min_fidelity=0.9999", "bilevel.fidelity_every=1"]
+    bold = ["dwm.lr=0.1", "dwm.clip_norm=0", "bilevel.kl=0.1", "dwm.min_entropy=0.99", "dwm.min_ess_fraction=0"]
+    run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *poor, *bold))
+    said = capfd.readouterr().out
+    assert "below bilevel.min_fidelity = 0.9999: raise bilevel.rank" in said
+    assert said.count("below dwm.min_entropy = 0.99") == 1
+
+
+class _Broken:
+    """An estimator whose arithmetic has gone wrong."""
+
+    watch_seconds = 0.0
+
+    def watch(self, rows_c: torch.Tensor, direction: Any) -> None:
+        """See Estimator."""
+
+    def contract(self, problem: Problem) -> torch.Tensor:
+        """See Estimator."""
+        return torch.full_like(problem.losses_c, float("nan"))
+
+
+def broken(config: RunConfig) -> str:
+    """What a run with a broken estimator says."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(build(config))
+    assert trainer._upper is not None
+    trainer._upper._step._estimator = _Broken()
+    with pytest.raises(TrainingError) as raised:
+        trainer.fit()
+    return str(raised.value)
+
+
+def test_alignments_that_are_not_finite_stop_the_run_before_a_checkpoint(
+    shards: dict[str, Path], tmp_path: Path
+) -> None:
+    config = tiny_config(shards, tmp_path, "checkpoint.every=4", "bilevel.warmup_steps=3")
+    message = run(1, tmp_path / "p", broken, config)
+    assert message.startswith("the alignments of step 3 are not finite (bilevel.estimator=ghost_lowrank)")
+    assert not list((config.run_dir / "checkpoints").glob("step_*"))
