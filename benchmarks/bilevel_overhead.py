@@ -58,7 +58,7 @@ def measure(uniform: RunConfig, dwm: RunConfig, steps: int, rounds: int) -> list
 
 def summary(pairs: list[list[dict[str, float]]], updates: int) -> dict[str, Any]:
     """Ratios within each pair; parts of a bi-level step in units of that pair's plain step."""
-    parts = ("target_gradient", "direction", "contraction", "dwm_update")
+    parts = ("target_gradient", "direction", "contraction", "watch", "fidelity", "dwm_update")
     return {
         "overhead": spread([b["turn_s"] / a["turn_s"] - 1 for a, b in pairs]),
         "overhead_beside": spread([(b["turn_s"] - updates * b["dwm_update"]) / a["turn_s"] - 1 for a, b in pairs]),
@@ -72,8 +72,8 @@ def main() -> None:
     """Command line."""
     options = parser("Cost of the DWM over the same loop without it", steps=20, rounds=5)
     options.add_argument("--every", type=int, default=10, help="LM steps between two bi-level steps")
-    options.add_argument("--target-batch", type=int, default=32)
-    options.add_argument("--estimator", default="central")
+    options.add_argument("--target-batch", type=int, default=16)
+    options.add_argument("--estimator", default="ghost_lowrank")
     options.add_argument("--size", default="xs", help="size of the DWM")
     args = options.parse_args()
     if args.steps % args.every:
@@ -83,7 +83,7 @@ def main() -> None:
         folder = Path(name)
         make_shards(folder / "train", 4 * args.global_batch, args.vocab, args.seq_len)
         make_shards(folder / "target", 4 * args.target_batch, args.vocab, args.seq_len)
-        overrides += ["bilevel.warmup_steps=2", f"bilevel.target_batch={args.target_batch}"]
+        overrides += ["bilevel.warmup_steps=2", "bilevel.fidelity_every=0", f"bilevel.target_batch={args.target_batch}"]
         dwm = run_config(args, folder, f"data.target={folder / 'target'}", *overrides)
         uniform = run_config(args, folder, "weighting.method=uniform")
         pairs = run_ranks(measure, dwm.cluster.workers, uniform, dwm, args.steps, args.rounds)

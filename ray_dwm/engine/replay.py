@@ -71,8 +71,9 @@ class ReplayedWeighting:
             self._entries = read_trajectory(Path(config.dwm.trajectory).expanduser())
         else:
             self._entries = [Entry(0.0, Path(config.dwm.init_from).expanduser())]
-        # All of them, before training: a folder that does not fit is refused now.
-        self._index, self._model = -1, [self._load(index) for index in range(len(self._entries))][0]
+        self._index = -1
+        for index in reversed(range(len(self._entries))):  # all of them: one that does not fit is refused now
+            self._model = self._load(index)
 
     def _load(self, index: int) -> DataWeightingModel:
         model, _ = load_dwm(self._entries[index].folder, self._sha256)
