@@ -173,6 +173,8 @@ class DwmConfig:
     floor: float = 0.0
     delay_steps: int = 1
     """LM steps between a bi-level step and the use of the DWM version it made."""
+    look_ahead: bool = False
+    """Weigh the next batch beside the LM's step, on a GPU on a stream of its own; delay_steps must be at least 1."""
     min_ess_fraction: float = 0.05
     """The run stops where (ESS - 1) / (B - 1) falls below this: the weights have collapsed."""
     min_entropy: float = 0.8
@@ -182,6 +184,11 @@ class DwmConfig:
         positive("dwm", self, "lr", "temperature")
         not_negative("dwm", self, "clip_norm", "weight_decay", "delay_steps")
         below_one("dwm", self, "floor", "min_ess_fraction", "min_entropy")
+        require(
+            not (self.look_ahead and (self.delay_steps == 0 or self.lm_features or self.mode != "learn")),
+            "dwm.look_ahead weighs a batch before the LM has seen it and the newest version is there: it needs "
+            "dwm.delay_steps >= 1, dwm.lm_features=false and dwm.mode=learn",
+        )
         require(self.mode != "frozen" or bool(self.init_from), "dwm.mode=frozen needs dwm.init_from, a DWM folder")
         require(
             self.mode != "replay" or bool(self.trajectory), "dwm.mode=replay needs dwm.trajectory, a run's dwm folder"

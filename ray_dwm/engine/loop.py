@@ -119,12 +119,14 @@ class Trainer:
             figures: dict[str, float] = {}
             if step == 0:
                 figures = self._log({"step": 0, "tokens": 0, **self.evaluate(config.train.eval_sequences)})
-            batches = self._parts.source.stream(cursor.batches, config.train.steps)
+            batches = map(self._batch, self._parts.source.stream(cursor.batches, config.train.steps))
+            upcoming: Batch | None = None
             while step < config.train.steps:
                 with self._clock.phase("data"):
-                    batch = self._batch(next(batches))
+                    batch = upcoming or next(batches)
                     cursor = Cursor(cursor.batches + 1)
-                result = self._train_step(step, batch)
+                    upcoming = next(batches, None) if config.dwm.look_ahead else None
+                result = self._train_step(step, batch, upcoming)
                 step += 1
                 with self._clock.phase("log"):
                     figures = self._figures(step, batch, result)
@@ -142,12 +144,15 @@ class Trainer:
     def _batch(self, rows: Rows) -> Batch:
         return to_batch(rows, self._parts.seq_len, self._parts.device)
 
-    def _train_step(self, step: int, batch: Batch) -> StepResult:
-        """One LM step and, where it is due, the bi-level step around it."""
+    def _train_step(self, step: int, batch: Batch, upcoming: Batch | None) -> StepResult:
+        """One LM step and, where it is due, the bi-level step around it; `upcoming` is weighed beside it."""
         clock, upper = self._clock, self._upper
         if self._weighting is not None:
             with clock.phase("dwm_wait"):
                 self._weighting.advance(step)
+        if self._weigher is not None and upcoming is not None:
+            with clock.phase("weigh"):
+                self._weigher.prepare(batch.input_ids, upcoming.input_ids)
         due = upper is not None and upper.due(step)
         if upper is not None and due:
             with clock.phase("bilevel"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +17,14 @@ from ray_dwm.engine.learner import METRICS, Feedback, State, WeightService
 from ray_dwm.engine.mesh import all_gather_rows
 from ray_dwm.engine.weighting import Statistics
 from ray_dwm.models.dwm import DataWeightingModel, DwmShape
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Scores and weights of a batch that is yet to come."""
+
+    scores_B: Tensor
+    weights_B: Tensor
 
 
 class Weigher:
@@ -34,7 +44,11 @@ class Weigher:
         # State of every version from the applied one to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
         self._step = 0
+        self._now: _Ahead | None = None
+        self._ahead: _Ahead | None = None
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._apply(0)
+        self._metrics = self._version_metrics()
         service.restore(start)
 
     @property
@@ -50,6 +64,31 @@ class Weigher:
     def advance(self, step: int) -> None:
         """Swap in the version that LM step `step` uses, waiting for it if it is late."""
         self._step = step
+        self._now, self._ahead = self._ahead, None
+        if self._now is None:
+            self._swap(step)
+        self._metrics = self._version_metrics()
+
+    def prepare(self, input_ids_bT: Tensor, upcoming_bT: Tensor) -> None:
+        """Weigh the next LM step's batch already: on a GPU beside the LM's step, on a stream of its own.
+
+        The next step's version is used, so an actor needs one more `dwm.delay_steps` to have as much time as without.
+
+        Args:
+            input_ids_bT: this step's sequences, weighed now where the step before it has not done so.
+            upcoming_bT: the next step's.
+        """
+        if self._now is None:
+            self._now = _Ahead(*self._weigh(self._step, input_ids_bT, None))
+        self._swap(self._step + 1)
+        if self._stream is None:
+            self._ahead = _Ahead(*self._weigh(self._step + 1, upcoming_bT, None))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._ahead = _Ahead(*self._weigh(self._step + 1, upcoming_bT, None))
+
+    def _swap(self, step: int) -> None:
         version = self.schedule.version(step)
         if version in self._versions and min(self._versions) == version:
             return
@@ -82,17 +121,29 @@ class Weigher:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The applied version and figures of the update that made it."""
+        """The version that weighed this step's batch, and figures of the update that made it."""
+        return self._metrics
+
+    def _version_metrics(self) -> dict[str, float]:
         figures = zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True)
         return {"dwm/version": self.version, **{f"dwm/{name}": value for name, value in figures}}
 
-    @torch.no_grad()
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting; the scores are the DWM's own, whatever a null control makes of its weights."""
+        if self._now is None:
+            return self._weigh(self._step, input_ids_bT, statistics_bS)
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            for tensor in (self._now.scores_B, self._now.weights_B):
+                tensor.record_stream(torch.cuda.current_stream())
+        return self._now.scores_B, self._now.weights_B
+
+    @torch.no_grad()
+    def _weigh(self, step: int, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         scores_B = batch_scores(self._model, input_ids_bT, statistics_bS)
         dwm = self._config.dwm
         weights_B = weights_from_scores(scores_B, dwm.temperature, dwm.floor)
-        return scores_B, applied_weights(dwm.control, weights_B, self._config.seed, self._step)
+        return scores_B, applied_weights(dwm.control, weights_B, self._config.seed, step)
 
     def submit(
         self,
@@ -131,7 +182,7 @@ class Weigher:
 
     def load_state_dict(self, step: int, state: State) -> None:
         """Continue after `step` LM steps: roll the service back and apply the version in force."""
-        self._versions = {}
+        self._versions, self._ahead = {}, None
         for slot in range(self.slots):
             prefix = f"{slot}."
             part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -29,10 +29,10 @@ def train(config: RunConfig, stop_at: int = 0) -> dict[str, Any]:
     if stop_at:
         step = trainer._train_step
 
-        def failing(index: int, batch: Any) -> Any:
+        def failing(index: int, *batches: Any) -> Any:
             if index == stop_at:
                 raise KeyboardInterrupt
-            return step(index, batch)
+            return step(index, *batches)
 
         trainer._train_step = failing  # type: ignore[method-assign]
         try:
@@ -118,6 +118,7 @@ RESUMED = [
     (2, 5, ["weighting.method=joint_update_aware", "weighting.anchor_every=2", "weighting.anchor_sequences=16"]),
     (2, 5, ["bilevel.every=1", "bilevel.reuse=3", "bilevel.fraction=0.5"]),
     (1, 5, ["bilevel.every=1", "bilevel.estimator=ghost", "bilevel.target_at=theta"]),
+    (2, 5, ["bilevel.every=1", "dwm.look_ahead=true", "dwm.delay_steps=2"]),
     (1, 4, ["bilevel.stages=2", "bilevel.stage_updates=2", "bilevel.stage_lm=hold"]),
     (1, 5, ["dwm.control=random", "bilevel.every=1"]),
     (2, 5, ["dwm.control=shuffled", "bilevel.every=1"]),
@@ -138,3 +139,13 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
     assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == (stopped.weighting.method == "dwm")
     for a, b in zip(whole["theta"] + whole["phi"], resumed["theta"] + resumed["phi"], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("extra", [[], ["dwm.control=random"], ["bilevel.stages=2", "bilevel.stage_updates=2"]])
+def test_weighing_ahead_changes_nothing(shards: dict[str, Path], tmp_path: Path, extra: list[str]) -> None:
+    options = ["train.steps=8", "bilevel.every=1", *extra]
+    plain = run(2, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", "cluster.workers=2", *options))
+    ahead = [*options, "dwm.look_ahead=true", "cluster.workers=2"]
+    other = run(2, tmp_path / "b", train, tiny_config(shards, tmp_path / "b", *ahead))
+    assert plain["lines"] == other["lines"]
+    assert all(torch.equal(a, b) for a, b in zip(plain["theta"], other["theta"], strict=True))

@@ -60,5 +60,5 @@ def test_the_same_seed_gives_the_same_lm() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 370m, 1\.3b"):
+    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 30m, 370m, 1\.3b"):
         lm_config("70b", vocab_size=10, seq_len=4)
