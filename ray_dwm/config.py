@@ -116,6 +116,14 @@ class RunConfig:
 
     def _check_stages(self) -> None:
         b = self.bilevel
+        require(
+            b.warmup_steps < self.train.steps,
+            f"bilevel.warmup_steps is {b.warmup_steps}, train.steps {self.train.steps}: the DWM would never be learnt",
+        )
+        require(
+            b.every > 0 or self.dwm.delay_steps <= 20,
+            f"dwm.delay_steps is {self.dwm.delay_steps}: where bilevel.every is 0 it must be at most 20",
+        )
         length = (self.train.steps - b.warmup_steps) // max(1, b.stages)
         require(
             b.stages == 0 or length >= b.stage_updates,
@@ -160,7 +168,8 @@ class RunConfig:
         """What gives the weights, for people."""
         if self.weighting.method != "dwm":
             return self.weighting.method
-        return "DWM" if self.dwm.control == "none" else f"DWM ({self.dwm.control})"
+        kind = [word for word in (self.dwm.mode, self.dwm.control) if word not in ("learn", "none")]
+        return f"DWM ({', '.join(kind)})" if kind else "DWM"
 
     @property
     def run_dir(self) -> Path:

@@ -173,6 +173,8 @@ class DwmConfig:
     floor: float = 0.0
     delay_steps: int = 1
     """LM steps between a bi-level step and the use of the DWM version it made."""
+    trajectory_points: int = 50
+    """Points of training, evenly spread, at which the applied version is written to the run folder's dwm/."""
     look_ahead: bool = False
     """Weigh the next batch beside the LM's step, on a GPU on a stream of its own; delay_steps must be at least 1."""
     min_ess_fraction: float = 0.05
@@ -181,13 +183,17 @@ class DwmConfig:
     """A warning is printed where the weights' entropy over log B falls below this."""
 
     def __post_init__(self) -> None:
-        positive("dwm", self, "lr", "temperature")
+        positive("dwm", self, "lr", "temperature", "trajectory_points")
         not_negative("dwm", self, "clip_norm", "weight_decay", "delay_steps")
         below_one("dwm", self, "floor", "min_ess_fraction", "min_entropy")
         require(
             not (self.look_ahead and (self.delay_steps == 0 or self.lm_features or self.mode != "learn")),
             "dwm.look_ahead weighs a batch before the LM has seen it and the newest version is there: it needs "
             "dwm.delay_steps >= 1, dwm.lm_features=false and dwm.mode=learn",
+        )
+        require(
+            self.mode == "learn" or self.control != "shuffled_target",
+            f"dwm.control=shuffled_target is about learning, but dwm.mode={self.mode} does not learn",
         )
         require(self.mode != "frozen" or bool(self.init_from), "dwm.mode=frozen needs dwm.init_from, a DWM folder")
         require(
@@ -257,6 +263,15 @@ class BilevelConfig:
         positive("bilevel", self, "fidelity_sequences")
         not_negative("bilevel", self, "every", "stages", "epsilon", "kl", "fidelity_every")
         below_one("bilevel", self, "scale_decay", "min_fidelity")
+        require(
+            self.fidelity_sequences >= 4,
+            f"bilevel.fidelity_sequences is {self.fidelity_sequences}: a cosine after centring needs at least 4",
+        )
+        require(
+            self.every > 0 or self.stages == 0,
+            "bilevel.stages and bilevel.every=0 exclude each other: stages fix when the DWM is learnt, set every",
+        )
+        require(self.stage_lm == "update" or self.stages > 0, "bilevel.stage_lm=hold needs bilevel.stages")
         for name, weight in self.target_weights.items():
             require(weight >= 0, f"bilevel.target_weights.{name} is {weight}: it must not be negative")
         require(

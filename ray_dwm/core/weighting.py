@@ -85,7 +85,8 @@ def standardise(alignments_B: Tensor, running_variance: float, decay: float) -> 
         (standardised alignments, new running variance).
     """
     centred_B = alignments_B - alignments_B.mean()
-    variance = float(centred_B.double().square().mean())  # fp32 would underflow below 1e-19
+    # fp32 would underflow below 1e-19. Over n - 1: a part of a batch has the scale of the whole.
+    variance = float(centred_B.double().square().sum()) / max(len(centred_B) - 1, 1)
     running = variance if running_variance == 0.0 else decay * running_variance + (1 - decay) * variance
     return centred_B / max(math.sqrt(running), torch.finfo(alignments_B.dtype).tiny), running
 

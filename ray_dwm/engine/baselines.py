@@ -23,7 +23,10 @@ from ray_dwm.engine.weighting import Statistics
 
 
 class LossWeighting:
-    """A function of the sequences' current losses (Sow et al., ICLR 2025). A sequence without counted tokens has 0."""
+    """A function of the sequences' current losses (Sow et al., ICLR 2025).
+
+    A sequence without counted tokens has no loss: it keeps the uniform weight and takes no part in the batch's range.
+    """
 
     statistics: Statistics = "loss"
 
@@ -41,7 +44,12 @@ class LossWeighting:
         assert statistics_bS is not None
         c = self._config
         r = annealed_r(self._step, warmup_steps=c.r_warmup_steps, r_final=c.r, anneal_steps=c.r_anneal_steps)
-        weights_B = loss_based_weights(all_gather_rows(statistics_bS).squeeze(1), c.strategy, r)
+        losses_B = all_gather_rows(statistics_bS).squeeze(1)
+        counted_B = losses_B != 0
+        weights_B = torch.full_like(losses_B, 1.0 / len(losses_B))
+        if bool(counted_B.any()):
+            share = counted_B.sum() / len(losses_B)
+            weights_B[counted_B] = share * loss_based_weights(losses_B[counted_B], c.strategy, r)
         return log_relative(weights_B), weights_B
 
     @property

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ray_dwm.config import BilevelConfig
 from ray_dwm.core.hypergradient import adamw_gain, adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
@@ -30,9 +31,13 @@ from ray_dwm.engine.ghost import Ghost
 from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard, shards_dot
 from ray_dwm.engine.sketch import GhostLowRank
 from ray_dwm.engine.step import LowerLevel, StepResult, batch_losses, forward_losses, tokens_per_sample
-from ray_dwm.errors import TrainingError
+from ray_dwm.engine.weighting import GivenWeights
+from ray_dwm.errors import ConfigError, TrainingError
 
 PHASES = ("target_gradient", "direction", "contraction", "watch", "fidelity")
+
+PROBE = 0.1
+"""Largest part of a weight by which trying out moves it."""
 
 Targets = dict[str, Batch]
 """This rank's share of the target batch of every target set."""
@@ -61,8 +66,8 @@ class _Begun:
     direction: Shards | None = None
     """u, where it is made before the step: `ghost`."""
     audit: bool = False
-    loss: float = math.nan
-    """L_target(theta), where the step is audited."""
+    before: list[Tensor] = field(default_factory=list)
+    """LM and optimizer before the step, where it is audited."""
 
 
 @dataclass(slots=True)
@@ -87,6 +92,7 @@ class BilevelStep:
         self._lower, self._config = lower, config
         # The list must be taken while the model is sharded: after a forward the root stays gathered.
         self._parameters = lower.parameters
+        _require_plain_sharding(self._parameters)
         self._estimator = build_estimator(lower, config)
         self._judge = FiniteDifference(lower, config, "richardson")
         self._gradient = _Gradient()
@@ -107,8 +113,7 @@ class BilevelStep:
         begun = _Begun(step, targets, self._lower.snapshot(), rows_c)
         begun.audit = self._config.fidelity_every > 0 and update % self._config.fidelity_every == 0
         if begun.audit:
-            with self._timed("fidelity"):
-                begun.loss = self._target_loss(targets)
+            begun.before = self._lower.everything()
         if self._config.target_at == "theta":
             self._refresh(step, update, targets)
             if self._config.estimator == "ghost":
@@ -126,8 +131,9 @@ class BilevelStep:
         """
         begun, self._begun = self._begun, None
         assert begun is not None, "begin comes first"
+        self._estimator.stop()
         self.seconds["watch"] = self.watch_seconds
-        clipped = [x.clone() for x in shards_of(self._parameters)] if begun.audit else shards_of(self._parameters)
+        clipped = shards_of(self._parameters)
         self._lower.zero_grad()
         if self._config.target_at == "theta_prime":
             self._refresh(begun.step, self._update, begun.targets)
@@ -146,24 +152,35 @@ class BilevelStep:
             )
         if begun.audit:
             with self._timed("fidelity"):
-                figures |= self._audit(begun, dots_c, clipped, batch, result)
+                figures["dwm/fidelity"] = self._fidelity(begun, dots_c, clipped, batch, result)
+                figures |= self._try_out(begun, -result.lr * dots_c, batch, result)
         if self._config.reuse == 1:
             self._gradient = _Gradient()
         return Outcome(-result.lr * dots_c, begun.rows_c, figures)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep: the target gradient that the next updates will use again."""
+    def state_dict(self, sets: list[str]) -> dict[str, Tensor]:
+        """What a checkpoint must keep: the target gradients that the next updates will use again."""
         if self._config.reuse == 1:
             return {}
-        kept = self._gradient.combined or [torch.zeros_like(shard(p)) for p in self._parameters]
-        state = {f"v.{i}": placed(p, x) for i, (p, x) in enumerate(zip(self._parameters, kept, strict=True))}
-        return {"step": torch.tensor(self._gradient.step), **state}
+        state = {"step": torch.tensor(self._gradient.step)}
+        nothing = [torch.zeros_like(shard(p)) for p in self._parameters]
+        kept = {"v": self._gradient.combined or nothing}
+        if len(sets) > 1:
+            kept |= {f"v_{name}": self._gradient.by_set.get(name, nothing) for name in sets}
+        for key, values in kept.items():
+            state |= {f"{key}.{i}": placed(p, x) for i, (p, x) in enumerate(zip(self._parameters, values, strict=True))}
+        return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, sets: list[str], state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
-        if state and int(state["step"]) >= 0:
-            kept = [shard(state[f"v.{i}"]) for i in range(len(self._parameters))]
-            self._gradient = _Gradient(int(state["step"]), kept)
+        if not state or int(state["step"]) < 0:
+            return
+
+        def shards(key: str) -> Shards:
+            return [shard(state[f"{key}.{i}"]) for i in range(len(self._parameters))]
+
+        by_set = {name: shards(f"v_{name}") for name in sets} if len(sets) > 1 else {}
+        self._gradient = _Gradient(int(state["step"]), shards("v"), by_set)
 
     def _problem(self, begun: _Begun, u: Shards, batch: Batch, result: StepResult, rows_c: Tensor) -> Problem:
         start = dist.get_rank() * len(batch)
@@ -270,17 +287,11 @@ class BilevelStep:
             figures[f"bilevel/alignment/{name}"] = -result.lr * shards_dot(scaled, clipped)
         return figures
 
-    def _audit(
-        self, begun: _Begun, dots_c: Tensor, clipped: Shards, batch: Batch, result: StepResult
-    ) -> dict[str, float]:
-        """How far the alignments can be trusted: against a better estimator, and against what happened.
+    def _fidelity(self, begun: _Begun, dots_c: Tensor, clipped: Shards, batch: Batch, result: StepResult) -> float:
+        """Cosine of the alignments with a better estimator's, on some of the contracted sequences.
 
         The judge's u is always that of the definition: v at theta' on this step's target batch, D and C after the step.
         """
-        with torch.no_grad():
-            moves = [shard(p) - x for p, x in zip(self._parameters, begun.theta, strict=True)]
-            predicted = shards_dot(self._v, moves)
-        change = self._target_loss(begun.targets) - begun.loss
         v = self._v
         if self._config.target_at != "theta_prime" or self._gradient.step != begun.step:
             v = self._target_gradient(begun.step, begun.targets).combined
@@ -288,12 +299,28 @@ class BilevelStep:
         count = max(1, self._config.fidelity_sequences // dist.get_world_size())
         problem = self._problem(begun, u, batch, result, begun.rows_c[:count])
         judged = all_gather_rows(self._judge.contract(problem))
-        fidelity = centred_cosine(all_gather_rows(dots_c[:count]), judged)
-        return {
-            "dwm/fidelity": fidelity,
-            "bilevel/predicted_change": predicted,
-            "bilevel/realised_change": change,
-        }
+        return centred_cosine(all_gather_rows(dots_c[:count]), judged)
+
+    def _try_out(self, begun: _Begun, alignments_c: Tensor, batch: Batch, result: StepResult) -> dict[str, float]:
+        """What other weights would have done to the target loss: as the alignments predict it, and as it is.
+
+        The step is taken again from theta with weights moved along -a, by up to `PROBE` of themselves; then everything
+        is put back. This tests the whole chain: v, D, C, the contraction and their scale.
+        """
+        start = dist.get_rank() * len(batch)
+        positions_C = all_gather_rows(start + begun.rows_c)
+        alignments_C = all_gather_rows(alignments_c)
+        move_C = alignments_C.mean() - alignments_C
+        move_C = move_C * (PROBE * (result.weights_B[positions_C] / move_C.abs().clamp(min=1e-30)).min())
+        weights_B = result.weights_B.index_add(0, positions_C, move_C)
+        after, loss = self._lower.everything(), self._target_loss(begun.targets)
+        self._lower.restore(begun.before)
+        self._lower.step(begun.step, batch, GivenWeights(weights_B))
+        self._lower.zero_grad()
+        change = self._target_loss(begun.targets) - loss
+        self._lower.restore(after)
+        predicted = float(torch.dot(alignments_C.double(), move_C.double()))
+        return {"bilevel/predicted_change": predicted, "bilevel/realised_change": change}
 
 
 def centred_cosine(left: Tensor, right: Tensor) -> float:
@@ -306,6 +333,16 @@ def target_shares(config: BilevelConfig, sets: list[str]) -> dict[str, float]:
     """Share of every target set in L_target, by `bilevel.target_weights`; they sum to 1."""
     weights = {name: config.target_weights.get(name, 1.0) for name in sets}
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def _require_plain_sharding(parameters: list[Tensor]) -> None:
+    for p in parameters:
+        placed_by_rows = not isinstance(p, DTensor) or p.placements == (Shard(0),)
+        if not placed_by_rows or p.dtype != torch.float32:
+            raise ConfigError(
+                f"the bi-level step knows fp32 parameters sharded by rows over all ranks, not {p.dtype} with "
+                f"{getattr(p, 'placements', 'no placement')}: use a mesh of one dimension and fp32 master parameters"
+            )
 
 
 def build_estimator(lower: LowerLevel, config: BilevelConfig) -> Estimator:

@@ -7,7 +7,8 @@ comes from clocks is not. The choice is part of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import median
+from dataclasses import replace
+from statistics import mean, median
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ray_dwm.config import RunConfig
 from ray_dwm.core.budget import USUAL_EVERY, Choice, Costs, choose
 from ray_dwm.core.schedules import EveryN, Segment
+from ray_dwm.engine.clock import EXTRA
 from ray_dwm.engine.mesh import all_sum, device, is_main
 
 CALIBRATION = 3
@@ -33,57 +35,72 @@ class Budget:
         self._unit = config.cluster.workers * (1 + len(config.data.more_targets))
         self._schedule = schedule
         self.target_batch = self._most
-        self._seen, self._chosen = 0, False
+        self._reuse, self._audits = config.bilevel.reuse, config.bilevel.fidelity_every
+        self._chosen = False
+        self._audit_s = 0.0
+        """Of the last check of the fidelity."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen, self._wait = 0, 0.0
         self._plain: list[float] = []
-        self._always: list[float] = []
+        self._weigh: list[float] = []
         self._fixed: list[float] = []
         self._per_target: list[float] = []
 
-    def observe(self, step: int, plain: float, always: float, bilevel: Mapping[str, float] | None) -> Choice | None:
-        """Take a step's seconds; returns the choice where one was made after it.
+    def observe(self, step: int, seconds: Mapping[str, float], parts: Mapping[str, float] | None) -> Choice | None:
+        """Take the seconds of LM step `step`; returns the choice where one was made after it.
 
         Args:
-            plain: seconds of LM step `step` without what the DWM adds.
-            always: what the DWM adds to every step.
-            bilevel: parts of its bi-level step, if it was one.
+            seconds: by phase.
+            parts: of its bi-level step, if it was one.
         """
-        if step == 0:
+        self._wait += seconds["dwm_wait"]
+        if parts is None:
+            self._plain.append(sum(value for name, value in seconds.items() if name not in EXTRA))
+            self._weigh.append(seconds["weigh"])
             return None
-        self._plain.append(plain)
-        self._always.append(always)
-        if bilevel is None:
-            return None
+        wait, self._wait = self._wait, 0.0
+        self._audit_s = parts["fidelity"] or self._audit_s
         self._seen += 1
-        if self._seen == 1:
+        if self._seen == 1 and not self._chosen:
             return None  # kernels and buffers were made in it
-        if bilevel["target_gradient"]:
-            self._per_target.append(bilevel["target_gradient"] / self.target_batch)
-        self._fixed.append(sum(v for k, v in bilevel.items() if k not in ("target_gradient", "fidelity")))
+        if parts["target_gradient"]:
+            self._per_target.append(parts["target_gradient"] / self.target_batch)
+        # All of the phase, and what waiting for its version took in the steps since the last.
+        self._fixed.append(seconds["bilevel"] - parts["target_gradient"] - parts["fidelity"] + wait)
         due = REVIEW if self._chosen else CALIBRATION
-        return self._choose(step) if self._seen >= due and self._per_target else None
+        ready = self._per_target and self._plain
+        return self._choose(step) if self._seen >= due and ready else None
 
     def _choose(self, step: int) -> Choice | None:
         costs = self._agreed()
-        self._seen = 1
-        for values in (self._plain, self._always, self._fixed, self._per_target):
-            values.clear()
+        self._forget()
         every = self._schedule.segments[-1].every
         held = costs.overhead(every, self.target_batch)
         choice = choose(costs, self._limit, self._most, self._unit)
-        keeps = 0.5 * self._limit <= held <= (1 + SLACK) * self._limit or (every, self.target_batch) == (
-            choice.every,
-            choice.target_batch,
-        )
-        if self._chosen and keeps:
+        if self._chosen:
+            # By at most twice at a time: one odd measurement must not silence the upper level for long.
+            choice = replace(choice, every=min(max(choice.every, -(-every // 2)), 2 * every))
+            choice = replace(choice, overhead=costs.overhead(choice.every, choice.target_batch))
+        keeps = 0.5 * self._limit <= held <= (1 + SLACK) * self._limit
+        if self._chosen and (keeps or (every, self.target_batch) == (choice.every, choice.target_batch)):
             return None
         self._chosen, self.target_batch = True, choice.target_batch
         self._schedule.change(step, choice.every)
         return choice
 
     def _agreed(self) -> Costs:
-        lists = (self._plain, self._always, self._fixed, self._per_target)
-        mine = torch.tensor([median(x) if is_main() else 0.0 for x in lists], dtype=torch.float64, device=device())
-        plain, always, fixed, per_target = all_sum(mine).tolist()
+        """Rank 0's measurements. Means for what comes in bursts, medians for what every step takes."""
+        audit = self._audit_s / self._audits if self._audits else 0.0
+        own = [
+            median(self._plain),
+            median(self._weigh),
+            mean(self._fixed) + audit,
+            median(self._per_target) / self._reuse,
+        ]
+        mine = torch.tensor(own, dtype=torch.float64, device=device())
+        plain, always, fixed, per_target = all_sum(mine if is_main() else torch.zeros_like(mine)).tolist()
         return Costs(plain=plain, always=always, fixed=fixed, target_sequence=per_target)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -96,8 +113,9 @@ class Budget:
         """Take over what `state_dict` gave."""
         rows = state["segments"].tolist()
         self._schedule.segments = [Segment(start=a, every=n, before=b) for a, n, b in rows]
-        chosen, self.target_batch = state["chosen"].tolist()
-        self._chosen, self._seen = bool(chosen), 0
+        chosen, batch = state["chosen"].tolist()
+        # Other workers than before may have another unit.
+        self._chosen, self.target_batch = bool(chosen), max(self._unit, batch // self._unit * self._unit)
 
 
 def first_every(config: RunConfig) -> int:

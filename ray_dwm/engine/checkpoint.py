@@ -113,10 +113,10 @@ class Checkpointer:
         )
         step = int(state["loop"]["step"])
         torch.set_rng_state(state["loop"]["rng"])
+        if self._upper is not None:  # first: it holds the calendar that says which DWM version is in force
+            self._upper.load_state_dict(state.get("upper", {}))
         if self._weighting is not None:
             self._weighting.load_state_dict(step, state["weighting"])
-        if self._upper is not None:
-            self._upper.load_state_dict(state.get("upper", {}))
         return step, Cursor(int(state["loop"]["cursor"]))
 
 

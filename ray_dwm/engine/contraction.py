@@ -55,8 +55,12 @@ class Estimator(Protocol):
         """Before the LM's step: these rows of this rank's share will be contracted, with u if it is known already."""
         ...
 
+    def stop(self) -> None:
+        """After the LM's step: stop watching."""
+        ...
+
     def contract(self, problem: Problem) -> Tensor:
-        """After the LM's step: (c,) inner products; the LM is left as it was."""
+        """After `stop`: (c,) inner products; the LM is left as it was."""
         ...
 
     @property
@@ -73,8 +77,13 @@ class FiniteDifference:
     def __init__(self, lower: LowerLevel, config: BilevelConfig, rule: str) -> None:
         self._lower, self._rule = lower, rule
         self._length = config.epsilon or (1e-1 if lower.config.precision == "bf16" else 1e-2)
+        if rule == "richardson":
+            self._length *= 0.7  # the judge's rounding errors shall not be those of the judged
 
     def watch(self, rows_c: Tensor, direction: Shards | None) -> None:
+        """See Estimator."""
+
+    def stop(self) -> None:
         """See Estimator."""
 
     def contract(self, problem: Problem) -> Tensor:
@@ -111,6 +120,9 @@ class Oracle:
         self._lower, self._rule = lower, {"exact": estimators.exact, "jvp": estimators.jvp}[rule]
 
     def watch(self, rows_c: Tensor, direction: Shards | None) -> None:
+        """See Estimator."""
+
+    def stop(self) -> None:
         """See Estimator."""
 
     def contract(self, problem: Problem) -> Tensor:

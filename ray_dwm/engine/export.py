@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import Manifest
+from ray_dwm.data.records import read_json
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.replay import write_trajectory
@@ -17,12 +18,15 @@ from ray_dwm.models.hf import save_dwm, save_lm
 
 
 def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
-    """Write the applied DWM version to dwm/v*/ and dwm/trajectory.json, on rank 0; a version is written once."""
+    """Write the DWM version that LM step `step` (counted from 1) used to dwm/v*/, and the index of all, on rank 0."""
     if dist.get_rank() != 0 or parts.weigher is None:
         return
     version = parts.weigher.version
-    folder = parts.config.run_dir / "dwm" / f"v{version:06d}"
-    if folder.exists():
+    schedule, since = parts.weigher.schedule, step - 1
+    while since and schedule.version(since - 1) == schedule.version(step - 1):
+        since -= 1
+    folder, dwm = parts.config.run_dir / "dwm" / f"v{version:06d}", parts.config.dwm
+    if folder.exists() and read_json(folder / "config.json")["learnt_on"]["step"] == since:
         return
     save_dwm(
         folder,
@@ -31,10 +35,11 @@ def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
         {
             "version": version,
             "tokenizer_sha256": train.tokenizer_sha256,
-            "learnt_on": {"lm": parts.config.lm.preset, "step": step, "run": parts.config.name},
+            "learnt_on": {"lm": parts.config.lm.preset, "step": since, "run": parts.config.name},
+            "applied_with": {"temperature": dwm.temperature, "floor": dwm.floor},
         },
     )
-    write_trajectory(folder.parent, parts.config.train.steps)
+    write_trajectory(folder.parent, since, parts.config.train.steps)
 
 
 def export_lm(parts: Parts, train: Manifest) -> None:

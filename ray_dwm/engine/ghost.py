@@ -11,7 +11,6 @@ I, O = a matrix's inputs and outputs. An embedding's "input" is the one-hot toke
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from ray_dwm.engine.clock import Stopwatch
 from ray_dwm.engine.contraction import Problem, Shards, whole
 from ray_dwm.engine.step import LowerLevel
-from ray_dwm.errors import ConfigError
+from ray_dwm.errors import ConfigError, TrainingError
 
 Rule = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 """(module, input, output's gradient, places): both of the wanted sequences, and their places among the c."""
@@ -51,31 +51,53 @@ class Watcher:
 
     def __init__(self, model: LlamaForCausalLM, rule: Rule) -> None:
         self._model, self._rule = model, rule
+        self._owners = owners(model)
         self._rows_c = torch.empty(0, dtype=torch.long)
-        self._seen = 0
+        self._seen = self._expected = self._sights = 0
         self._handles: list[RemovableHandle] = []
-        self.seconds = 0.0
+        self._watch = Stopwatch()
 
     def start(self, rows_c: Tensor) -> None:
         """Watch the backward passes from now on, which bring this rank's sequences in order."""
-        self._rows_c, self._seen, self.seconds = rows_c, 0, 0.0
+        self._remove()
+        self._watch.reset()
+        self._rows_c = rows_c
+        self._seen = self._expected = self._sights = 0
         self._handles = [self._model.register_forward_pre_hook(self._next, with_kwargs=True)]
-        self._handles += [module.register_forward_hook(self._tap) for module in owners(self._model)]
+        self._handles += [module.register_forward_hook(self._tap) for module in self._owners]
 
     def stop(self) -> None:
-        """Leave the LM as it was."""
+        """Leave the LM as it was.
+
+        Raises:
+            TrainingError: a module's backward was not seen.
+        """
+        self._remove()
+        if self._sights != self._expected or not self._expected:
+            raise TrainingError(
+                f"the ghost estimators saw {self._sights} of {self._expected} backward passes of the LM's modules, as "
+                "happens to a compiled LM: set bilevel.estimator to one_sided or central; the last checkpoint is intact"
+            )
+
+    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
+    @property
+    def seconds(self) -> float:
+        """Duration of what the rule did since `start`."""
+        return self._watch.seconds
+
     def _next(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        size = len(kwargs["input_ids"])
+        size = len(args[0] if args else kwargs["input_ids"])
         inside = (self._rows_c >= self._seen) & (self._rows_c < self._seen + size)
         self._places_k = inside.nonzero().squeeze(1)
         self._wanted_k = self._rows_c[self._places_k] - self._seen
         self._seen += size
+        self._expected += len(self._owners) if len(self._wanted_k) else 0
 
     def _tap(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled() or len(self._wanted_k) == 0:
@@ -83,11 +105,11 @@ class Watcher:
         wanted_k, places_k = self._wanted_k, self._places_k
 
         def see(source: Tensor, gradient: Tensor) -> None:
-            start = time.perf_counter()
-            if len(wanted_k) < len(source):
-                source, gradient = source[wanted_k], gradient[wanted_k]
-            self._rule(module, source, gradient, places_k)
-            self.seconds += time.perf_counter() - start
+            self._sights += 1
+            with self._watch.passage():
+                if len(wanted_k) < len(source):
+                    source, gradient = source[wanted_k], gradient[wanted_k]
+                self._rule(module, source, gradient, places_k)
 
         return _Tap.apply(output, args[0], see)
 
@@ -175,10 +197,13 @@ class Ghost:
         matrix = whole(self._lower.parameters[index], local)
         self._dots_c[places_k] += ghost_dots(module, matrix, source, gradient)
 
-    def contract(self, problem: Problem) -> Tensor:
+    def stop(self) -> None:
         """See Estimator."""
         self._watcher.stop()
         self._direction = []
+
+    def contract(self, problem: Problem) -> Tensor:
+        """See Estimator."""
         return unscaled(self._dots_c, problem.scale_c)
 
 

@@ -7,9 +7,7 @@ read a global batch -> weigh it -> take the LM's step -> every N steps feed the 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.engine.batch import Batch, BatchSource, to_batch
 from ray_dwm.engine.checkpoint import Checkpointer
+from ray_dwm.engine.clock import Clock, overhead
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
 from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
@@ -31,36 +30,6 @@ from ray_dwm.engine.upper import UpperLevel
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import TrainingError
-
-PHASES = ("data", "dwm_wait", "weigh", "step", "bilevel", "log")
-"""Phases of a step: wait for a batch, wait for a DWM version (or take a baseline's anchor), weigh the batch, the LM's
-step, the bi-level step, and the logging of the step before."""
-EXTRA = ("dwm_wait", "weigh", "bilevel")
-"""What plain training does not have."""
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each phase of the current step."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the body's duration to a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Count seconds of one phase as another's."""
-        self.seconds[source] -= seconds
-        self.seconds[target] += seconds
-
-    def take(self) -> dict[str, float]:
-        """The step's seconds; starts anew."""
-        seconds, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
-        return seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +52,8 @@ class Parts:
     """Besides metrics.jsonl; used on rank 0."""
     on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None
     """Called on all ranks after a checkpoint: (step, folder, last figures)."""
+    on_version: Callable[[int], None] | None = None
+    """Called on all ranks at the points of the trajectory, after so many steps."""
 
     @property
     def weigher(self) -> Weigher | None:
@@ -133,6 +104,7 @@ class Trainer:
                 if step % config.train.eval_every == 0 or step == config.train.steps:
                     figures |= self.evaluate(config.train.eval_sequences)
                 figures = self._log(figures)
+                self._record_version(step)
                 if step % config.checkpoint.every == 0 or step == config.train.steps:
                     self._checkpoint(step, cursor, figures)
             exit_code = 0
@@ -154,6 +126,7 @@ class Trainer:
             with clock.phase("weigh"):
                 self._weigher.prepare(batch.input_ids, upcoming.input_ids)
         due = upper is not None and upper.due(step)
+        clock.exact = due
         if upper is not None and due:
             with clock.phase("bilevel"):
                 upper.begin(step, batch)
@@ -203,7 +176,7 @@ class Trainer:
         assert self._weighting is not None and result.scores_B is not None
         weights_B, size = result.weights_B, self._config.train.global_batch
         ess = float(effective_sample_size(weights_B))
-        if self._weigher is not None:
+        if self._config.weighting.method == "dwm":
             self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
             self._alarm(step, float(normalised_entropy(weights_B)))
         keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
@@ -246,6 +219,11 @@ class Trainer:
                 "is intact"
             )
 
+    def _record_version(self, step: int) -> None:
+        points, steps = self._config.dwm.trajectory_points, self._config.train.steps
+        if self._parts.on_version is not None and step * points // steps > (step - 1) * points // steps:
+            self._parts.on_version(step)
+
     def _checkpoint(self, step: int, cursor: Cursor, figures: dict[str, float]) -> None:
         if self._main and self._weighting is not None:
             self._weights_log.flush(step)  # first: what a lost checkpoint leaves behind is written anew on resuming
@@ -273,9 +251,3 @@ class Trainer:
                 for sink in self._sinks:
                     sink.log(figures)
         return figures
-
-
-def overhead(seconds: Mapping[str, float]) -> float:
-    """Time of what plain training does not have over the time of the rest."""
-    extra = sum(seconds[name] for name in EXTRA)
-    return extra / max(sum(seconds[name] for name in PHASES) - extra, 1e-9)

@@ -7,6 +7,7 @@ gradient: the DWM's forward is all it costs.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ray_dwm.config import RunConfig
 from ray_dwm.core.weighting import weights_from_scores
 from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.engine.controls import applied_weights
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.weigher import batch_scores
 from ray_dwm.engine.weighting import Statistics
@@ -34,11 +36,17 @@ class Entry:
     folder: Path
 
 
-def write_trajectory(folder: Path, total_steps: int) -> None:
-    """Index the DWM versions in a folder by the fraction of training at which they were recorded."""
+def write_trajectory(folder: Path, newest: int, total_steps: int) -> None:
+    """Index the DWM versions in a folder by the fraction of training from which on they were applied.
+
+    What was applied first after LM step `newest` is of an earlier life of the run, and goes.
+    """
     versions = []
     for config in sorted(folder.glob("v*/config.json")):
         step = read_json(config)["learnt_on"]["step"]
+        if step > newest:
+            shutil.rmtree(config.parent)
+            continue
         versions.append({"fraction": step / total_steps, "folder": config.parent.name})
     write_whole(folder / TRAJECTORY, json.dumps({"versions": versions}, indent=2) + "\n")
 
@@ -71,7 +79,7 @@ class ReplayedWeighting:
             self._entries = read_trajectory(Path(config.dwm.trajectory).expanduser())
         else:
             self._entries = [Entry(0.0, Path(config.dwm.init_from).expanduser())]
-        self._index = -1
+        self._step, self._index = 0, -1
         for index in reversed(range(len(self._entries))):  # all of them: one that does not fit is refused now
             self._model = self._load(index)
 
@@ -86,7 +94,7 @@ class ReplayedWeighting:
 
     def advance(self, step: int) -> None:
         """See Weighting. Before the first version's fraction the weights are uniform."""
-        fraction = step / self._config.train.steps
+        self._step, fraction = step, step / self._config.train.steps
         index = sum(entry.fraction <= fraction for entry in self._entries) - 1
         if index != self._index and index >= 0:
             self._model = self._load(index)
@@ -98,7 +106,9 @@ class ReplayedWeighting:
         scores_B = batch_scores(self._model, input_ids_bT, statistics_bS)
         if self._index < 0:
             scores_B = torch.zeros_like(scores_B)
-        return scores_B, weights_from_scores(scores_B, self._config.dwm.temperature, self._config.dwm.floor)
+        dwm = self._config.dwm
+        weights_B = weights_from_scores(scores_B, dwm.temperature, dwm.floor)
+        return scores_B, applied_weights(dwm.control, weights_B, self._config.seed, self._step)
 
     @property
     def metrics(self) -> dict[str, float]:

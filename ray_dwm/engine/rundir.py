@@ -79,10 +79,15 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def data_digests(config: RunConfig) -> dict[str, str]:
-    """Name of every set -> SHA-256 of its manifest, and so of all its shards."""
+    """Name of every set -> SHA-256 of its manifest, and so of all its shards; and of a DWM that is given."""
     data = config.data
     sets = {"train": data.train, "target": data.target, **data.more_targets, **data.held_out}
-    return {name: file_sha256(Path(folder).expanduser() / MANIFEST) for name, folder in sets.items() if folder}
+    files = {name: Path(folder).expanduser() / MANIFEST for name, folder in sets.items() if folder}
+    if config.dwm.init_from:
+        files["dwm.init_from"] = Path(config.dwm.init_from).expanduser() / "model.safetensors"
+    if config.dwm.trajectory:
+        files["dwm.trajectory"] = Path(config.dwm.trajectory).expanduser() / "trajectory.json"
+    return {name: file_sha256(path) for name, path in files.items()}
 
 
 def _check_data(config: RunConfig) -> None:

@@ -146,6 +146,7 @@ def build(
     service: WeightService | None = None,
     sinks: list[MetricSink] | None = None,
     on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None,
+    on_version: Callable[[int], None] | None = None,
 ) -> Parts:
     """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
     train = check_data(config)
@@ -185,4 +186,5 @@ def build(
         weighting=weighting,
         sinks=sinks or [],
         on_checkpoint=on_checkpoint,
+        on_version=on_version,
     )

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -45,7 +44,8 @@ class Subspace:
 class GhostLowRank:
     """<u, grad l_i(theta)> from sketches; see the module's docstring.
 
-    Memory: per contracted sequence r^2 numbers for each matrix and 2 T d for the embedding and the head.
+    Memory: per contracted sequence r^2 numbers for each matrix and 2 T d for the embedding and the head; and, one after
+    the other, the whole u of the embedding and of the head.
     """
 
     def __init__(self, lower: LowerLevel, rank: int) -> None:
@@ -57,6 +57,7 @@ class GhostLowRank:
         self._head = self._index[id(lower.model.lm_head)]
         self._sketched = sorted({self._index[id(m)] for m in modules if isinstance(m, nn.Linear)})
         self._watcher = Watcher(lower.model, self._see)
+        self._starts: dict[int, Tensor] = {}
         self._spaces: dict[int, Subspace] = {}
         self._sketches: dict[int, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
@@ -97,18 +98,22 @@ class GhostLowRank:
             self._rows[name] = values_kTd.new_zeros(self._count, *values_kTd.shape[1:])
         self._rows[name][places_k] = values_kTd.detach()
 
+    def stop(self) -> None:
+        """See Estimator."""
+        self._watcher.stop()
+
     @torch.no_grad()
     def contract(self, problem: Problem) -> Tensor:
         """See Estimator."""
-        self._watcher.stop()
         cores = self._cores(problem.direction)
         dots_c = torch.zeros_like(problem.losses_c)
         for index, sketch_crr in self._sketches.items():
             dots_c += torch.einsum("crs,rs->c", sketch_crr, cores[index])
         dots_c = unscaled(dots_c, problem.scale_c) + self._labels(problem, cores[self._head])
         embedding = whole(self._lower.parameters[self._embedding], problem.direction[self._embedding])
-        looked_up_cTd = embedding[problem.batch.input_ids]
-        dots_c += unscaled(inner(self._rows["embedded"], looked_up_cTd), problem.scale_c)
+        ids_cT, gradients_cTd = problem.batch.input_ids, self._rows["embedded"]
+        looked_up = [inner(g[None], embedding[i][None]) for g, i in zip(gradients_cTd, ids_cT, strict=True)]
+        dots_c += unscaled(torch.cat(looked_up), problem.scale_c)
         self._sketches, self._rows, self._spaces = {}, {}, {}
         return dots_c
 
@@ -116,11 +121,13 @@ class GhostLowRank:
         """What the labels' part of the head's gradient has more than its sketch, (c,)."""
         batch, space = problem.batch, self._spaces[self._head]
         matrix = whole(self._lower.parameters[self._head], problem.direction[self._head])
-        labels_cT = batch.input_ids[:, 1:]
-        h_cTd = self._rows["head"][:, :-1].float()
-        exact_cTd = matrix[labels_cT] - F.embedding(labels_cT, space.left) @ core_rr @ space.right.T
-        # Times -1 / tokens for each counted label: the derivative of its cross-entropy in its own logit.
-        return -inner(h_cTd * batch.mask[..., None], exact_cTd) / problem.tokens
+        dots = []
+        for h_Td, ids_T, mask_T in zip(self._rows["head"], batch.input_ids, batch.mask, strict=True):
+            labels_k, h_kd = ids_T[1:][mask_T], h_Td[:-1][mask_T].float()
+            missed_kd = matrix[labels_k] - (space.left[labels_k] @ core_rr) @ space.right.T
+            # Times -1 / tokens for each counted label: the derivative of its cross-entropy in its own logit.
+            dots.append(-torch.sum(h_kd * missed_kd) / problem.tokens)
+        return torch.stack(dots)
 
     def _cores(self, direction: Shards) -> dict[int, Tensor]:
         """P^T u Q of every sketched matrix."""
@@ -138,22 +145,30 @@ class GhostLowRank:
         name = _MOMENTUM[self._lower.config.optimizer]
         parameters = self._lower.parameters
         local = {i: shard(self._lower.optimizer.state[parameters[i]][name]) for i in self._sketched}
-        right = {
-            i: _orthonormal(x) for i, x in _all_sum({i: m.T @ (m @ self._start(m)) for i, m in local.items()}).items()
-        }
-        left = {i: _orthonormal(whole(parameters[i], m @ right[i])) for i, m in local.items()}
+        right = _orthonormal(_all_sum({i: m.T @ (m @ self._start(m)) for i, m in local.items()}))
+        left = _orthonormal({i: whole(parameters[i], m @ right[i]) for i, m in local.items()})
         rows = {i: _rows_of(parameters[i], left[i]) for i in local}
-        right = {i: _orthonormal(x) for i, x in _all_sum({i: m.T @ rows[i] for i, m in local.items()}).items()}
+        right = _orthonormal(_all_sum({i: m.T @ rows[i] for i, m in local.items()}))
         return {i: Subspace(left[i], right[i]) for i in local}
 
     def _start(self, matrix: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)  # the same on every rank
         inputs = matrix.shape[1]
-        return torch.randn(inputs, min(self._rank, inputs), generator=generator).to(matrix)
+        if inputs not in self._starts:
+            generator = torch.Generator().manual_seed(0)  # the same on every rank
+            self._starts[inputs] = torch.randn(inputs, min(self._rank, inputs), generator=generator).to(matrix)
+        return self._starts[inputs]
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns)[0]
+def _orthonormal(matrices: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Orthonormal bases of the matrices' columns; those of one shape go through one call."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, matrix in matrices.items():
+        by_shape.setdefault(matrix.shape, []).append(index)
+    bases: dict[int, Tensor] = {}
+    for indices in by_shape.values():
+        stacked = torch.linalg.qr(torch.stack([matrices[i] for i in indices]))[0]
+        bases.update(zip(indices, stacked.unbind(), strict=True))
+    return bases
 
 
 def _rows_of(parameter: Tensor, matrix: Tensor) -> Tensor:

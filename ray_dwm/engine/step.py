@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from ray_dwm.config import TrainConfig
 from ray_dwm.core.losses import sample_losses, sample_statistics
 from ray_dwm.core.schedules import lr_factor
 from ray_dwm.engine.batch import Batch
+from ray_dwm.engine.clock import Stopwatch
 from ray_dwm.engine.mesh import all_sum, shard
 from ray_dwm.engine.weighting import Statistics, Weighting
 from ray_dwm.errors import TrainingError
@@ -104,6 +104,7 @@ class LowerLevel:
         self.model, self.config, self._total_steps = model, config, total_steps
         self.optimizer = build_optimizer(model, config)
         self.parameters = list(model.parameters())
+        self._weighing = Stopwatch()
 
     def lr(self, step: int) -> float:
         """Learning rate of LM step `step` (from 0)."""
@@ -128,10 +129,10 @@ class LowerLevel:
         # A single micro-batch is weighed between its forward and its backward: its statistics cost nothing.
         statistics = weighting.statistics if weighting is not None else "none"
         first = losses_and_statistics(self.model, micro[0], tokens, statistics) if len(micro) == 1 else None
-        began = time.perf_counter()
-        statistics_bS = first[1] if first is not None else self._statistics(micro, tokens, statistics)
-        scores_B, weights_B = self._weights(batch, weighting, statistics_bS)
-        weigh_s = time.perf_counter() - began
+        self._weighing.reset()
+        with self._weighing.passage():
+            statistics_bS = first[1] if first is not None else self._statistics(micro, tokens, statistics)
+            scores_B, weights_B = self._weights(batch, weighting, statistics_bS)
         start = dist.get_rank() * len(batch)
         weights_b = weights_B[start : start + len(batch)]
         losses = []
@@ -147,6 +148,7 @@ class LowerLevel:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        weigh_s = self._weighing.seconds
         return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr, weigh_s)
 
     @torch.no_grad()

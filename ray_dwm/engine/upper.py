@@ -100,9 +100,7 @@ class UpperLevel:
             )
 
     def _spend(self, budget: Budget, step: int, seconds: Mapping[str, float], bilevel: bool) -> dict[str, float]:
-        always = seconds["dwm_wait"] + seconds["weigh"]
-        plain = sum(seconds.values()) - always - seconds["bilevel"]
-        choice = budget.observe(step, plain, always, self._step.seconds if bilevel else None)
+        choice = budget.observe(step, seconds, self._step.seconds if bilevel else None)
         if choice is None:
             return {}
         if is_main():
@@ -118,11 +116,12 @@ class UpperLevel:
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep."""
         budget = self._budget.state_dict() if self._budget else {}
-        return {**self._step.state_dict(), **{f"budget.{k}": v for k, v in budget.items()}}
+        return {**self._step.state_dict(list(self._targets)), **{f"budget.{k}": v for k, v in budget.items()}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
         budget = {k.removeprefix("budget."): v for k, v in state.items() if k.startswith("budget.")}
         if self._budget is not None:
             self._budget.load_state_dict(budget)
-        self._step.load_state_dict({k: v for k, v in state.items() if not k.startswith("budget.")})
+        own = {k: v for k, v in state.items() if not k.startswith("budget.")}
+        self._step.load_state_dict(list(self._targets), own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -48,3 +48,27 @@ class Weighting(Protocol):
     def load_state_dict(self, step: int, state: State) -> None:
         """Continue after `step` LM steps."""
         ...
+
+
+class GivenWeights:
+    """Fixed weights of one global batch."""
+
+    statistics: Statistics = "none"
+    metrics: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, weights_B: Tensor) -> None:
+        self._weights_B = weights_B
+
+    def advance(self, step: int) -> None:
+        """See Weighting."""
+
+    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See Weighting."""
+        return self._weights_B, self._weights_B
+
+    def state_dict(self, step: int) -> State:
+        """See Weighting."""
+        return {}
+
+    def load_state_dict(self, step: int, state: State) -> None:
+        """See Weighting."""

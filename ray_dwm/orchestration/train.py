@@ -17,8 +17,9 @@ from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.records import read_metrics, write_whole
 from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.engine.export import export_dwm, export_lm
-from ray_dwm.engine.loop import PHASES, Trainer, overhead
+from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import init_mesh
 from ray_dwm.engine.rundir import check, claim, failure_path, raise_failure, read_summary, record_failure
 from ray_dwm.engine.setup import build as build_parts
@@ -126,7 +127,6 @@ def _run(config: RunConfig) -> None:
 
     def on_checkpoint(step: int, path: Path, figures: dict[str, float]) -> None:
         del path
-        export_dwm(parts, train_set, step)
         ray.train.report({"step": step, **figures})
 
     parts = build_parts(
@@ -135,6 +135,7 @@ def _run(config: RunConfig) -> None:
         service=service,
         sinks=sinks(config) if rank == 0 else [],
         on_checkpoint=on_checkpoint,
+        on_version=lambda step: export_dwm(parts, train_set, step),
     )
     trainer = Trainer(parts)
     trainer.fit()

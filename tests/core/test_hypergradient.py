@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ray_dwm.core import estimators
-from ray_dwm.core.hypergradient import adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
+from ray_dwm.core.hypergradient import adamw_gain, adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
 from ray_dwm.core.weighting import upper_objective, weights_from_scores
 
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS = 0.05, 0.1, 0.9, 0.95, 1e-8
@@ -182,3 +182,17 @@ def test_agrees_with_torchopt(kind: str) -> None:
     m, v_moment = BETA1 * m + (1 - BETA1) * g, BETA2 * v_moment + (1 - BETA2) * g.square()
     d = adamw_jacobian(g, m, v_moment, 4, BETA1, BETA2, EPS) if kind == "adamw" else 1.0
     torch.testing.assert_close(-LR * grads_i @ (d * v), expected, rtol=1e-6, atol=1e-15)
+
+
+def test_the_gain_is_the_part_of_the_jacobian_that_needs_no_gradient() -> None:
+    """With no momentum D has its first term only; its second moment is one step older, bias-corrected alike."""
+    generator = torch.Generator().manual_seed(0)
+    steps, mean_square = 7, torch.rand(10, dtype=torch.float64, generator=generator)
+    mean_square[3] = 0.0
+    before, after = ((1 - BETA2**t) * mean_square for t in (steps, steps + 1))
+    ones, none = torch.ones(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    gain = adamw_gain(before, steps, BETA1, BETA2, EPS)
+    torch.testing.assert_close(
+        gain, adamw_jacobian(ones, none, after, steps + 1, BETA1, BETA2, EPS), rtol=1e-12, atol=0
+    )
+    assert gain[3] == 0

@@ -228,38 +228,54 @@ def test_ranks_and_accumulation_do_not_change_the_phi_gradient(
     assert one["restored"] and other["restored"]
 
 
-def test_before_the_step_the_target_gradient_is_that_of_theta(shards: dict[str, Path], tmp_path: Path) -> None:
-    """Plain SGD: a_i = -lr <grad L_target(theta), grad l_i(theta)>, here from an LM without FSDP."""
-    options = ["train.optimizer=sgd", "train.lr=0.3", "train.clip_norm=0", "bilevel.target_at=theta"]
-    for estimator in ("exact", "ghost"):
-        config = tiny_config(shards, tmp_path, *options, f"bilevel.estimator={estimator}", "train.schedule=constant")
-        found = run(1, tmp_path / estimator, alignments, config)["values"]
-        expected = run(1, tmp_path / "p", plain_alignments, config)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [
+        ("exact", ["train.optimizer=sgd", "train.lr=0.3", "train.clip_norm=0"]),
+        ("ghost", ["train.optimizer=sgd", "train.lr=0.3", "train.clip_norm=0"]),
+        ("ghost", ["train.clip_norm=0.3"]),
+    ],
+)
+def test_before_the_step_the_target_gradient_is_that_of_theta(
+    shards: dict[str, Path], tmp_path: Path, estimator: str, options: list[str]
+) -> None:
+    """a_i = -lr k <gain * grad L_target(theta), grad l_i(theta)>, by a loop of single backward passes."""
+    options = [*options, "bilevel.target_at=theta", f"bilevel.estimator={estimator}", "train.schedule=constant"]
+    config = tiny_config(shards, tmp_path, *options)
+    found = run(1, tmp_path / estimator, alignments, config)
+    assert config.train.clip_norm == 0 or found["norm"] > config.train.clip_norm, "the clipping must be active"
+    expected = run(1, tmp_path / "p", plain_alignments, config, found["norm"])
+    torch.testing.assert_close(found["values"], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def plain_alignments(config: RunConfig) -> Tensor:
-    """By a loop of single backward passes."""
-    parts = build(config)
+def plain_alignments(config: RunConfig, norm: float) -> Tensor:
+    """The formula of ghost with AdamW written out; with plain SGD it is exact."""
+    parts, c = build(config), config.train
+    lower = parts.lower
     for step in range(STEPS):
-        parts.lower.step(step, train_batch(parts, step), None)
-        parts.lower.zero_grad()
-    model = parts.lower.model
+        lower.step(step, train_batch(parts, step), None)
+        lower.zero_grad()
 
     def gradient(batch: Batch) -> Tensor:
-        loss, tokens = 0.0, 0
+        losses = []
         for row in range(len(batch)):
             one = batch.rows(torch.tensor([row]))
-            logits = model(input_ids=one.input_ids).logits[0, :-1]
-            loss = loss + torch.nn.functional.cross_entropy(logits, one.input_ids[0, 1:], reduction="sum")
-            tokens += 15
-        (loss / tokens).backward()
-        grads = torch.cat([shard(p.grad).flatten() for p in parts.lower.parameters])
-        parts.lower.zero_grad()
+            logits = lower.model(input_ids=one.input_ids).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, one.input_ids[0, 1:], reduction="sum"))
+        (torch.stack(losses).sum() / (15 * len(batch))).backward()
+        grads = torch.cat([shard(p.grad).flatten() for p in lower.parameters])
+        lower.zero_grad()
         return grads
 
-    v, batch = gradient(target_batch(parts)), train_batch(parts, STEPS)
-    return torch.stack([-0.3 * torch.dot(v, gradient(batch.rows(torch.tensor([i])))) for i in range(len(batch))])
+    gain = torch.ones(())
+    if c.optimizer == "adamw":
+        square = torch.cat([shard(lower.optimizer.state[p]["exp_avg_sq"]).flatten() for p in lower.parameters])
+        root = (square / (1 - c.beta2**STEPS)).sqrt()
+        gain = torch.where(root > 0, (1 - c.beta1) / (1 - c.beta1 ** (STEPS + 1)) / (root + c.eps), 0.0)
+    k = min(1.0, c.clip_norm / norm) if c.clip_norm else 1.0
+    u, batch = k * gain * gradient(target_batch(parts)), train_batch(parts, STEPS)
+    dots = [torch.dot(u, gradient(batch.rows(torch.tensor([i])))) for i in range(len(batch))]
+    return -c.lr * torch.stack(dots)
 
 
 def two_targets(config: RunConfig) -> dict[str, Any]:
@@ -301,6 +317,8 @@ def over_updates(config: RunConfig) -> list[tuple[bool, float]]:
     """Of five bi-level steps in a row: whether the target gradient was made anew, and the fidelity."""
     parts = build(config)
     bilevel = BilevelStep(parts.lower, config.bilevel)
+    parts.lower.step(0, train_batch(parts, 0), None)
+    parts.lower.zero_grad()
     found = []
     for step in range(1, 6):
         batch = train_batch(parts, step)
@@ -331,11 +349,12 @@ def test_a_reused_target_gradient_is_renewed_in_time_and_costs_fidelity(
 
 
 @pytest.mark.parametrize("at", ["theta", "theta_prime"])
-def test_a_small_step_does_what_its_gradient_predicts(shards: dict[str, Path], tmp_path: Path, at: str) -> None:
-    config = tiny_config(shards, tmp_path, "train.lr=1e-4", f"bilevel.target_at={at}")
-    figures = run(1, tmp_path / "p", alignments, config)["figures"]
-    assert figures["bilevel/realised_change"] < 0
-    assert figures["bilevel/predicted_change"] == pytest.approx(figures["bilevel/realised_change"], rel=0.05)
+def test_other_weights_do_what_the_alignments_predict(shards: dict[str, Path], tmp_path: Path, at: str) -> None:
+    options = ["train.lr=1e-3", f"bilevel.target_at={at}", "bilevel.estimator=exact", "train.clip_norm=0.3"]
+    found = run(1, tmp_path / "p", alignments, tiny_config(shards, tmp_path, *options))
+    figures = found["figures"]
+    assert found["restored"] and figures["bilevel/realised_change"] < 0
+    assert figures["bilevel/predicted_change"] == pytest.approx(figures["bilevel/realised_change"], rel=0.1)
 
 
 @pytest.mark.parametrize("mask", [False, True])

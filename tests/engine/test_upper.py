@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def fitted(config: RunConfig) -> dict[str, Any]:
     """Metrics, final LM, and the optimizer's step count."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     manifest = check_data(config)
-    parts = build(config, on_checkpoint=lambda step, path, figures: export_dwm(parts, manifest, step))
+    parts = build(config, on_version=lambda step: export_dwm(parts, manifest, step))
     Trainer(parts).fit()
     state = parts.lower.optimizer.state[parts.lower.parameters[0]]
     theta = [shard(p).detach().clone() for p in parts.lower.parameters]
@@ -65,7 +66,7 @@ def test_stages_learn_then_stay(shards: dict[str, Path], tmp_path: Path) -> None
 def taught(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run that has learnt a DWM and left its trajectory."""
     root = tmp_path_factory.mktemp("taught")
-    options = ["train.steps=8", "bilevel.every=1", "checkpoint.every=2", "dwm.lr=0.03", "name=taught"]
+    options = ["train.steps=8", "bilevel.every=1", "dwm.trajectory_points=4", "dwm.lr=0.03", "name=taught"]
     config = tiny_config(shards, root, *options)
     run(1, root / "p", fitted, config)
     return config
@@ -104,16 +105,16 @@ def test_a_frozen_dwm_weighs_without_learning(shards: dict[str, Path], tmp_path:
 def test_a_trajectory_is_replayed_by_fraction_of_training(
     shards: dict[str, Path], tmp_path: Path, taught: RunConfig
 ) -> None:
-    """Recorded at 2, 4, 6 and 8 of 8 steps; replayed over 16."""
+    """Recorded after 2, 4, 6 and 8 of 8 steps, each first applied at the step before; replayed over 16."""
     trajectory = taught.run_dir / "dwm"
     entries = json.loads((trajectory / "trajectory.json").read_text())["versions"]
-    assert [entry["fraction"] for entry in entries] == [0.25, 0.5, 0.75, 1.0]
+    assert [entry["fraction"] for entry in entries] == [0.0, 0.375, 0.625, 0.875]
     config = tiny_config(shards, tmp_path, "train.steps=16", "dwm.mode=replay", f"dwm.trajectory={trajectory}")
     found = run(1, tmp_path / "p", fitted, config)
-    assert [line["dwm/version"] for line in found["lines"][1:]] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert [line["dwm/version"] for line in found["lines"][1:]] == [1] * 6 + [2] * 4 + [3] * 4 + [4] * 2
     weights = applied(config)
     assert torch.equal(weights[3], torch.ones(8))
-    for step, entry in ((4, entries[0]), (15, entries[2])):
+    for step, entry in ((6, entries[1]), (15, entries[3])):
         expected = expected_weights(config, trajectory / entry["folder"], step)
         torch.testing.assert_close(weights[step], expected, rtol=1e-4, atol=1e-4)
 
@@ -143,32 +144,78 @@ def test_what_cannot_be_read_is_named(
 
 
 def spending(config: RunConfig) -> list[Any]:
-    """What a budget says to made-up seconds: 1 s plain, 0.01 s always, 0.1 s + 0.01 s for each target sequence."""
+    """What a budget says to made-up seconds.
+
+    A plain step takes 1 s, weighing 0.01 s, a bi-level step 0.06 s and 0.01 s for each target sequence, and in the
+    second step after it an actor is waited for, for 0.04 s.
+    """
     schedule = EveryN(every=10, warmup_steps=2, delay_steps=1, changing=True)
-    budget, choices = Budget(config, schedule), []
-    step = 0
-    while len(choices) < 2 and step < 500:
-        due = schedule.is_bilevel(step)
-        slow = 3.0 if choices else 1.0  # everything of the DWM becomes slower after the first choice
-        seconds = {"target_gradient": slow * 0.01 * budget.target_batch, "direction": slow * 0.1, "fidelity": 9.0}
-        choice = budget.observe(step, 1.0, 0.01, seconds if due else None)
+    budget, choices, last = Budget(config, schedule), [], -9
+    for step in range(500):
+        slow = 1.5 if choices else 1.0  # the upper level becomes slower after the first choice
+        parts, seconds = None, {"data": 0.3, "dwm_wait": 0.0, "weigh": 0.01, "step": 0.6, "bilevel": 0.0, "log": 0.1}
+        if step == last + 2:
+            seconds["dwm_wait"] = slow * 0.04
+        if schedule.is_bilevel(step):
+            target = slow * 0.01 * budget.target_batch
+            parts = {"target_gradient": target, "direction": 0.0, "fidelity": 0.0}
+            seconds["bilevel"], last = target + slow * 0.06, step
+        choice = budget.observe(step, seconds, parts)
         if choice is not None:
             choices.append((step, choice.every, choice.target_batch))
-        step += 1
     other = Budget(config, EveryN(every=10, warmup_steps=2, delay_steps=1, changing=True))
     other.load_state_dict(budget.state_dict())
-    same = [schedule.updates_before(s) for s in range(choices[0][0], 600)]
-    again = [other._schedule.updates_before(s) for s in range(choices[0][0], 600)]
-    return [*choices, same == again, other.target_batch]
+    same = [schedule.updates_before(s) for s in range(450, 600)]
+    again = [other._schedule.updates_before(s) for s in range(450, 600)]
+    return [choices, same == again, other.target_batch]
 
 
 def test_a_budget_chooses_watches_and_chooses_again(shards: dict[str, Path], tmp_path: Path) -> None:
-    """Room is 0.04 s a step. First 0.26 / 0.04: every 7th. Then 0.78 needs 20: 8 targets, 0.54 / 0.04 gives 14."""
-    config = tiny_config(shards, tmp_path, "bilevel.every=0", "bilevel.target_batch=16")
-    first, second, same, batch = run(1, tmp_path / "p", spending, config)
-    assert first == (22, 7, 16)  # the third bi-level step, after those at 2 and 12
-    assert second[1:] == (14, 8)
-    assert same and batch == 8
+    """Room is 0.04 s a step. First 0.26 / 0.04: every 7th. Then 0.39 / 0.04: every 10th, and that holds."""
+    config = tiny_config(shards, tmp_path, "bilevel.every=0", "bilevel.target_batch=16", "bilevel.fidelity_every=0")
+    choices, same, batch = run(1, tmp_path / "p", spending, config)
+    assert choices[0] == (22, 7, 16)  # the third bi-level step, after those at 2 and 12
+    assert [choice[1:] for choice in choices[1:]] == [(10, 16)]
+    assert same and batch == 16
+
+
+MADE_UP = {"data": 0.0, "dwm_wait": 0.0, "weigh": 0.0, "step": 1.0, "bilevel": 0.18, "log": 0.0}
+
+
+def budgeted(config: RunConfig, stop_at: int) -> list[Any]:
+    """Bi-level steps and final LM of a run whose clock says what it is told; stopped and resumed if `stop_at`."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    for ends in ([stop_at] if stop_at else []) + [config.train.steps]:
+        trainer = Trainer(build(config))
+        assert trainer._upper is not None and trainer._upper._budget is not None
+        observe, step_of = trainer._upper._budget.observe, trainer._train_step
+
+        def told(step: int, seconds: Any, parts: Any, observe: Any = observe) -> Any:
+            del seconds
+            return observe(step, MADE_UP, parts and {"target_gradient": 0.08, "fidelity": 0.0})
+
+        def ending(step: int, *batches: Any, ends: int = ends, step_of: Any = step_of) -> Any:
+            if step == ends:
+                raise KeyboardInterrupt
+            return step_of(step, *batches)
+
+        trainer._upper._budget.observe = told  # type: ignore[method-assign]
+        trainer._train_step = ending  # type: ignore[method-assign]
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.fit()
+    lines = read_metrics(config.run_dir / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "bilevel_seconds/contraction" in line]
+    return [steps, [shard(p).detach().clone() for p in trainer._lower.parameters]]
+
+
+def test_a_budget_run_resumes_with_its_choice(shards: dict[str, Path], tmp_path: Path) -> None:
+    """0.18 s a visit and 5 % of 1 s: every 4th step, chosen at step 21."""
+    options = ["bilevel.every=0", "train.steps=40", "checkpoint.every=6", "bilevel.fidelity_every=0"]
+    whole = run(1, tmp_path / "a", budgeted, tiny_config(shards, tmp_path / "a", *options), 0)
+    again = run(1, tmp_path / "b", budgeted, tiny_config(shards, tmp_path / "b", *options), 33)
+    assert whole[0] == [2, 12, 22, 26, 30, 34, 38]  # counted from 1
+    assert again[0] == whole[0]
+    assert all(torch.equal(a, b) for a, b in zip(whole[1], again[1], strict=True))
 
 
 def test_a_run_within_a_budget(shards: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +243,9 @@ class _Broken:
     watch_seconds = 0.0
 
     def watch(self, rows_c: torch.Tensor, direction: Any) -> None:
+        """See Estimator."""
+
+    def stop(self) -> None:
         """See Estimator."""
 
     def contract(self, problem: Problem) -> torch.Tensor:
