@@ -142,7 +142,7 @@ def fidelity(run: Run) -> str:
 
 
 def predicted_change(run: Run) -> str:
-    """Change of the target loss in a step: to first order, and as it was."""
+    """Change of the target loss by weights moved along the alignments: as these predict it, and as it was."""
     with _figure() as (_, axes, out):
         for key, colour, label in (
             ("bilevel/realised_change", UNIFORM, "realised"),
@@ -152,7 +152,7 @@ def predicted_change(run: Run) -> str:
             axes.plot(np.array(x) / 1e6, y, color=colour, marker="o", markersize=4, label=label)
         axes.axhline(0.0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("million tokens")
-        axes.set_ylabel("nats per token, one step")
+        axes.set_ylabel("nats per token")
         axes.legend(frameon=False)
     return out[0]
 

@@ -117,6 +117,7 @@ RESUMED = [
     (1, 5, ["weighting.method=loss", "weighting.r_warmup_steps=3", "weighting.r_anneal_steps=4"]),
     (2, 5, ["weighting.method=joint_update_aware", "weighting.anchor_every=2", "weighting.anchor_sequences=16"]),
     (2, 5, ["bilevel.every=1", "bilevel.reuse=3", "bilevel.fraction=0.5"]),
+    (1, 5, ["bilevel.every=1", "bilevel.reuse=3", "data.more_targets.other={target}"]),
     (1, 5, ["bilevel.every=1", "bilevel.estimator=ghost", "bilevel.target_at=theta"]),
     (2, 5, ["bilevel.every=1", "dwm.look_ahead=true", "dwm.delay_steps=2"]),
     (1, 4, ["bilevel.stages=2", "bilevel.stage_updates=2", "bilevel.stage_lm=hold"]),
@@ -130,7 +131,7 @@ RESUMED = [
 def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
     shards: dict[str, Path], tmp_path: Path, world: int, stop_at: int, changes: list[str]
 ) -> None:
-    options = [f"cluster.workers={world}", "train.steps=8", *changes]
+    options = [f"cluster.workers={world}", "train.steps=8", *(change.format(**shards) for change in changes)]
     whole = run(world, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *options))
     stopped = tiny_config(shards, tmp_path / "b", *options)
     run(world, tmp_path / "b1", train, stopped, stop_at)
