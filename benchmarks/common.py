@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -11,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ray_dwm import __version__
 from ray_dwm.config import RunConfig, load, to_dict
@@ -53,11 +58,16 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 def make_shards(folder: Path, rows: int, vocab: int, seq_len: int) -> None:
     """Random tokens of one domain: their values do not change how long a step takes."""
+    write_tokens(folder, np.random.default_rng(0).integers(0, vocab, size=(rows, seq_len)), ["random"] * rows, vocab)
+
+
+def write_tokens(folder: Path, ids: NDArray[np.integer], domains: list[str], vocab: int) -> None:
+    """A folder of shards that holds these sequences."""
     folder.mkdir(parents=True)
-    ids = np.random.default_rng(0).integers(0, vocab, size=(rows, seq_len))
-    file = write_shard(
-        folder / "part.arrow", sample_ids=np.arange(rows), domains=["random"] * rows, input_ids=ids, vocab_size=vocab
-    )
+    rows, seq_len = ids.shape
+    numbers = np.arange(rows)
+    file = write_shard(folder / "part.arrow", sample_ids=numbers, domains=domains, input_ids=ids, vocab_size=vocab)
+    counts = {name: domains.count(name) for name in sorted(set(domains))}
     Manifest(
         folder=folder,
         seq_len=seq_len,
@@ -66,9 +76,19 @@ def make_shards(folder: Path, rows: int, vocab: int, seq_len: int) -> None:
         tokenizer_name="none",
         tokenizer_sha256="0" * 64,
         files=(file,),
-        domains={"random": DomainStats(rows=rows, tokens=rows * seq_len, bytes_per_token=1.0)},
+        domains={k: DomainStats(rows=n, tokens=n * seq_len, bytes_per_token=1.0) for k, n in counts.items()},
         made_by={},
     ).write()
+
+
+def zipf_tokens(vocab: int, sequences: int, seq_len: int, domains: int, generator: torch.Generator) -> Tensor:
+    """Zipf-distributed ids; the sequences take turns among domains, which differ in which ids are frequent.
+
+    With domains alike, alignments are near 0 and a comparison of them would be one of rounding errors.
+    """
+    rank_BT = (vocab ** torch.rand(sequences, seq_len, generator=generator)).long() - 1
+    domain_B = torch.arange(sequences) % domains
+    return (rank_BT + domain_B[:, None] * (vocab // 2)) % vocab
 
 
 def run_config(args: argparse.Namespace, folder: Path, *overrides: str) -> RunConfig:
@@ -93,8 +113,16 @@ def run_config(args: argparse.Namespace, folder: Path, *overrides: str) -> RunCo
     )
 
 
+class Measured(Exception):
+    """A run has lasted as long as it was to be timed."""
+
+
 class TimedSource:
-    """Passes batches on, and times the loop from the delivery of one to the delivery of a later one."""
+    """Passes batches on, and times the loop from the delivery of one to the delivery of a later one.
+
+    Raises:
+        Measured: at the later one, so that no time goes into evaluating and saving what nobody wants.
+    """
 
     def __init__(self, source: BatchSource, steps: int) -> None:
         self._source, self._steps = source, steps
@@ -109,6 +137,7 @@ class TimedSource:
                 start = now()
             elif index == WARM_STEPS + self._steps:
                 self.seconds = now() - start
+                raise Measured
             yield rows
 
 
@@ -119,7 +148,8 @@ def timed_fit(config: RunConfig, steps: int, name: str, service: WeightService |
     plan = read_plan(config, check_data(config))
     local = LocalSource(open_shards(config.data.train), plan, dist.get_rank(), dist.get_world_size())
     source = TimedSource(local, steps)
-    Trainer(build(config, source=source, service=service)).fit()
+    with suppress(Measured):
+        Trainer(build(config, source=source, service=service)).fit()
     return source.seconds
 
 
@@ -133,6 +163,34 @@ def synchronize() -> None:
     """Wait for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def resident() -> int:
+    """Bytes that this process holds now: on the GPU where there is one, else in memory (Linux)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed must not pass for memory in use
+    return _status("VmRSS")
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """The most bytes that this process held during an action, with what it held before."""
+    resident()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # ru_maxrss would remember earlier and the parent's peaks
+    action()
+    synchronize()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """A size of this process in bytes; /proc gives KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
 def run_ranks(function: Callable[..., Any], workers: int, *arguments: Any) -> Any:
@@ -173,13 +231,22 @@ def versions() -> dict[str, str]:
     return {"ray_dwm": __version__, **{p: version(p) for p in ("torch", "transformers", "pyarrow", "numpy")}}
 
 
+def where() -> str:
+    """What the figures were measured on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+
+
+def result_path(name: str, args: argparse.Namespace) -> Path:
+    """The file of a benchmark's figures."""
+    return Path(args.output) / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}-{args.preset}.json"
+
+
 def write_result(name: str, args: argparse.Namespace, config: RunConfig, result: dict[str, Any]) -> Path:
     """One JSON file with the figures, the configuration and the versions."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     options = {key: value for key, value in vars(args).items() if key != "output"}
     sections = {k: v for k, v in to_dict(config).items() if k in ("lm", "train", "dwm", "bilevel")}
-    content = {"benchmark": name, "device": where, "python": platform.python_version(), "versions": versions()}
+    content = {"benchmark": name, "device": where(), "python": platform.python_version(), "versions": versions()}
     args.output.mkdir(parents=True, exist_ok=True)
-    path = Path(args.output) / f"{name}-{'gpu' if torch.cuda.is_available() else 'cpu'}-{args.preset}.json"
+    path = result_path(name, args)
     path.write_text(json.dumps({**content, "options": options, "result": result, "config": sections}, indent=2) + "\n")
     return path

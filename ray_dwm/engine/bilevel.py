@@ -163,11 +163,11 @@ class BilevelStep:
         if self._config.reuse == 1:
             return {}
         state = {"step": torch.tensor(self._gradient.step)}
-        nothing = [torch.zeros_like(shard(p)) for p in self._parameters]
-        kept = {"v": self._gradient.combined or nothing}
+        kept = {"v": self._gradient.combined}
         if len(sets) > 1:
-            kept |= {f"v_{name}": self._gradient.by_set.get(name, nothing) for name in sets}
+            kept |= {f"v_{name}": self._gradient.by_set.get(name, []) for name in sets}
         for key, values in kept.items():
+            values = values or [torch.zeros_like(shard(p)) for p in self._parameters]
             state |= {f"{key}.{i}": placed(p, x) for i, (p, x) in enumerate(zip(self._parameters, values, strict=True))}
         return state
 
