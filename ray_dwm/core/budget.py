@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 LEAST_TARGET_BATCH = 8
 """Below this the target gradient is mostly noise (benchmarks/bilevel.py, table `sampling`)."""
-USUAL_EVERY = 10
-"""A smaller target batch is preferred to rarer updates only until this N is reached."""
+USUAL_EVERY = 5
+"""A smaller target batch is preferred to rarer updates until this N is reached: on the quickstart, every 5th step with
+8 targets did better than every 10th with 16, at the same cost (benchmarks/quickstart_search.py)."""
 RAREST = 200
 
 

@@ -10,12 +10,12 @@ from ray_dwm.core.budget import RAREST, Costs, choose
 @pytest.mark.parametrize(
     ("costs", "limit", "expected"),
     [
-        # Room a step: 0.05 - 0.01 = 0.04. A bi-level step: 0.1 + 16 * 0.01 = 0.26, so every 7th.
-        ((1.0, 0.01, 0.1, 0.01), 0.05, (7, 16)),
+        # Room a step: 0.05 - 0.01 = 0.04. A bi-level step: 0.04 + 16 * 0.01 = 0.2, so every 5th.
+        ((1.0, 0.01, 0.04, 0.01), 0.05, (5, 16)),
         # 0.9 / 0.04 gives 23: the target batch is halved, 0.5 / 0.04 gives 13, and 8 is the least.
         ((1.0, 0.01, 0.1, 0.05), 0.05, (13, 8)),
-        # 0.42 / 0.04 gives 11: halved once, 0.26 / 0.04 gives 7.
-        ((1.0, 0.01, 0.1, 0.02), 0.05, (7, 8)),
+        # 0.26 / 0.04 gives 7: halved once, 0.18 / 0.04 gives 5.
+        ((1.0, 0.01, 0.1, 0.01), 0.05, (5, 8)),
         # Everything is cheap: every step.
         ((1.0, 0.0, 0.01, 0.001), 0.05, (1, 16)),
         # The DWM's forward alone is over the budget.

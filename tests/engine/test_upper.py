@@ -149,7 +149,7 @@ def spending(config: RunConfig) -> list[Any]:
     A plain step takes 1 s, weighing 0.01 s, a bi-level step 0.06 s and 0.01 s for each target sequence, and in the
     second step after it an actor is waited for, for 0.04 s.
     """
-    schedule = EveryN(every=10, warmup_steps=2, delay_steps=1, changing=True)
+    schedule = EveryN(every=5, warmup_steps=2, delay_steps=1, changing=True)
     budget, choices, last = Budget(config, schedule), [], -9
     for step in range(500):
         slow = 1.5 if choices else 1.0  # the upper level becomes slower after the first choice
@@ -163,7 +163,7 @@ def spending(config: RunConfig) -> list[Any]:
         choice = budget.observe(step, seconds, parts)
         if choice is not None:
             choices.append((step, choice.every, choice.target_batch))
-    other = Budget(config, EveryN(every=10, warmup_steps=2, delay_steps=1, changing=True))
+    other = Budget(config, EveryN(every=5, warmup_steps=2, delay_steps=1, changing=True))
     other.load_state_dict(budget.state_dict())
     same = [schedule.updates_before(s) for s in range(450, 600)]
     again = [other._schedule.updates_before(s) for s in range(450, 600)]
@@ -171,12 +171,12 @@ def spending(config: RunConfig) -> list[Any]:
 
 
 def test_a_budget_chooses_watches_and_chooses_again(shards: dict[str, Path], tmp_path: Path) -> None:
-    """Room is 0.04 s a step. First 0.26 / 0.04: every 7th. Then 0.39 / 0.04: every 10th, and that holds."""
+    """Room is 0.04 s a step. 0.26 / 0.04 gives 7: halved, 0.18 / 0.04 gives 5. Then 0.27 / 0.04: every 7th."""
     config = tiny_config(shards, tmp_path, "bilevel.every=0", "bilevel.target_batch=16", "bilevel.fidelity_every=0")
     choices, same, batch = run(1, tmp_path / "p", spending, config)
-    assert choices[0] == (22, 7, 16)  # the third bi-level step, after those at 2 and 12
-    assert [choice[1:] for choice in choices[1:]] == [(10, 16)]
-    assert same and batch == 16
+    assert choices[0] == (12, 5, 8)  # the third bi-level step, after those at 2 and 7
+    assert [choice[1:] for choice in choices[1:]] == [(7, 8)]
+    assert same and batch == 8
 
 
 MADE_UP = {"data": 0.0, "dwm_wait": 0.0, "weigh": 0.0, "step": 1.0, "bilevel": 0.18, "log": 0.0}
@@ -209,11 +209,11 @@ def budgeted(config: RunConfig, stop_at: int) -> list[Any]:
 
 
 def test_a_budget_run_resumes_with_its_choice(shards: dict[str, Path], tmp_path: Path) -> None:
-    """0.18 s a visit and 5 % of 1 s: every 4th step, chosen at step 21."""
+    """0.18 s a visit and 5 % of 1 s: every 4th step, chosen at the third visit."""
     options = ["bilevel.every=0", "train.steps=40", "checkpoint.every=6", "bilevel.fidelity_every=0"]
     whole = run(1, tmp_path / "a", budgeted, tiny_config(shards, tmp_path / "a", *options), 0)
     again = run(1, tmp_path / "b", budgeted, tiny_config(shards, tmp_path / "b", *options), 33)
-    assert whole[0] == [2, 12, 22, 26, 30, 34, 38]  # counted from 1
+    assert whole[0] == [2, 7, 12, 16, 20, 24, 28, 32, 36, 40]  # counted from 1
     assert again[0] == whole[0]
     assert all(torch.equal(a, b) for a, b in zip(whole[1], again[1], strict=True))
 
@@ -222,7 +222,7 @@ def test_a_run_within_a_budget(shards: dict[str, Path], tmp_path: Path, capfd: p
     options = ["bilevel.every=0", "bilevel.max_overhead=0.5", "train.steps=34", "checkpoint.every=34"]
     found = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *options))
     chosen = [line for line in found["lines"] if "bilevel/every" in line]
-    assert len(chosen) >= 1 and chosen[0]["step"] == 22
+    assert len(chosen) >= 1 and chosen[0]["step"] == 12
     assert f"a bi-level step every {chosen[0]['bilevel/every']:g} steps" in capfd.readouterr().out
 
 
