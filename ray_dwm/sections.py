@@ -223,7 +223,7 @@ class BilevelConfig:
     """Rank of ghost_lowrank's sketches."""
     target_at: Literal["theta_prime", "theta"] = "theta_prime"
     """Where the target gradient is taken: after the LM's step, as defined, or before it, which ghost needs."""
-    target_batch: int = 16
+    target_batch: int = 8
     """Target sequences drawn afresh for each bi-level step, over all workers and target sets."""
     target_weights: dict[str, float] = field(default_factory=dict)
     """Name of a target set -> its weight in the target loss (1 where it is not named); they are normalised."""

@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from gloo import run
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--preset", "tiny", "--vocab", "64", "--seq-len", "16", "--global-batch", "8", "--micro-batch", "4"]
 
 
-@pytest.mark.parametrize(
-    ("script", "options", "key"),
-    [
-        ("loop_overhead", ["--steps", "2", "--rounds", "1"], "ours_over_bare"),
-        ("bilevel_overhead", ["--steps", "4", "--every", "2", "--rounds", "1", "--target-batch", "8"], "overhead"),
-    ],
-)
+def call(script: str, output: Path, *options: str) -> None:
+    command = [sys.executable, str(FOLDER / f"{script}.py"), *TINY, *options, "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # bf16 is the CPU's twin of benchmarks/gpu.sh
-def test_scripts_write_figures_with_configuration_and_versions(
-    tmp_path: Path, script: str, options: list[str], key: str, precision: str
-) -> None:
-    command = [sys.executable, str(FOLDER / f"{script}.py"), *TINY, *options, "--precision", precision]
-    subprocess.run([*command, "--output", str(tmp_path)], check=True, capture_output=True, timeout=120)
+def test_loop_overhead_writes_figures_with_configuration_and_versions(tmp_path: Path, precision: str) -> None:
+    call("loop_overhead", tmp_path, "--steps", "2", "--rounds", "1", "--precision", precision)
     (file,) = tmp_path.iterdir()
     content = json.loads(file.read_text())
-    assert content["result"][key]["min"] <= content["result"][key]["median"] <= content["result"][key]["max"]
+    figures = content["result"]["ours_over_bare"]
+    assert figures["min"] <= figures["median"] <= figures["max"]
     assert content["versions"].keys() >= {"torch", "transformers"}
     assert content["config"]["train"]["precision"] == precision
+
+
+def test_bilevel_adds_its_tables_to_a_file_and_draws_them(tmp_path: Path) -> None:
+    file = tmp_path / "bilevel-cpu-tiny.json"
+    earlier = {"made_with": {}, "figures": {"cases": {}}}
+    file.write_text(json.dumps({"result": {"peers": earlier}}))
+    few = ["--settings", "default", "jvp", "--rounds", "1", "--runs", "1", "--points", "3", "--target-pool", "16"]
+    options = ["--target-batch", "8", "--precision", "bf16", "--tables", "cost", "memory", "fidelity", "growth"]
+    call("bilevel", tmp_path, *few, *options)
+    assert (tmp_path / "bilevel-cpu-tiny.png").stat().st_size > 10_000
+    content = json.loads(file.read_text())
+    assert content["config"]["train"]["precision"] == "bf16"
+    tables = content["result"]
+    assert tables.pop("peers") == earlier
+    assert tables.keys() == {"cost", "memory", "fidelity", "growth"}
+    for table in tables.values():
+        assert table["made_with"].keys() == {"seconds", "device", "versions", "options"}
+    _check_figures({name: table["figures"] for name, table in tables.items()})
+
+
+def _check_figures(figures: dict[str, Any]) -> None:
+    cost = figures["cost"]["tiny"]
+    computed = cost["settings"]["default"]["overhead_computed"]
+    assert list(computed) == ["1", "5", "10", "20"]
+    assert computed["1"] > computed["20"]
+    assert cost["direct"]["default"]["overhead"].keys() == {"median", "min", "max"}
+    assert figures["memory"]["tiny"]["default"]["ratio"] > 1
+    assert figures["fidelity"]["settings"]["fp32"]["jvp"]["phi"]["median"] > 1 - 1e-6
+    assert figures["fidelity"]["epsilon"]["bf16"].keys() >= {"richardson", "central 0.1", "one_sided 0.3"}
+    assert figures["growth"].keys() == {"global batch", "sequence length", "LM parameters", "DWM parameters"}
+    assert figures["growth"]["sequence length"]["exponent"].keys() >= {"plain", "bilevel"}
+
+
+def peers() -> dict[str, torch.Tensor]:
+    """dL_target/dw of one step, from every contender that is installed."""
+    module = importlib.import_module("differentiable_peers")
+    problem = module.Problem(preset="tiny", vocab=64, seq_len=16, batch=8, target_batch=4)
+    contenders = {name: make for name, make in module.CONTENDERS.items() if module.installed(name)}
+    return {name: make(problem).turn() for name, make in contenders.items() if name not in ("plain", "engine")}
+
+
+def test_peers_find_the_hypergradient_that_the_engine_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    found = run(1, tmp_path, peers)
+    exact = found.pop("exact")
+    assert found.keys() >= {"ours", "central"}
+    for name, values in found.items():
+        cosine = torch.cosine_similarity(values - values.mean(), exact - exact.mean(), dim=0)
+        assert cosine > (0.99 if name == "ours" else 0.9999), name
 
 
 def test_gpu_script_is_sound_shell() -> None:

@@ -82,8 +82,8 @@ def test_an_override_cannot_replace_a_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "draw", "label"),
     [
-        ([], ("bilevel.target_batch", 16), "DWM"),
-        (["dwm.control=random"], ("bilevel.target_batch", 16), "DWM (random)"),
+        ([], ("bilevel.target_batch", 8), "DWM"),
+        (["dwm.control=random"], ("bilevel.target_batch", 8), "DWM (random)"),
         (["weighting.method=uniform", "bilevel.target_batch=3"], None, "uniform"),
         (["weighting.method=loss", "weighting.anchor_sequences=3", "dwm.control=random"], None, "loss"),
         (["weighting.method=joint_update_aware"], ("weighting.anchor_sequences", 32), "joint_update_aware"),

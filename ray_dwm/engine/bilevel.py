@@ -28,7 +28,7 @@ from ray_dwm.core.hypergradient import adamw_gain, adamw_jacobian, clip_coeffici
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.contraction import Estimator, FiniteDifference, Oracle, Problem, Shards, placed, shards_of
 from ray_dwm.engine.ghost import Ghost
-from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard, shards_dot
+from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard, shards_dot, shards_norm
 from ray_dwm.engine.sketch import GhostLowRank
 from ray_dwm.engine.step import LowerLevel, StepResult, batch_losses, forward_losses, tokens_per_sample
 from ray_dwm.engine.weighting import GivenWeights
@@ -83,9 +83,9 @@ class _Gradient:
 class BilevelStep:
     """Computes the alignments around one LM step.
 
-    Memory on top of training: up to five copies of this rank's shards at once (theta, v, the optimizer's Jacobian
-    and u while the direction is computed; theta, theta', u and the values that are written during a finite
-    difference), and one more for every further target set.
+    Memory on top of training: up to four copies of this rank's shards at once for the ghosts (v, the step's gradient,
+    the optimizer's Jacobian and u), one more for the others (theta), one more for every further target set, and at a
+    step that is audited two copies of LM and optimizer state.
     """
 
     def __init__(self, lower: LowerLevel, config: BilevelConfig) -> None:
@@ -110,8 +110,9 @@ class BilevelStep:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         stride = round(1 / self._config.fraction)
         rows_c = torch.arange(update % stride, len(batch), stride, device=batch.input_ids.device)
-        begun = _Begun(step, targets, self._lower.snapshot(), rows_c)
-        begun.audit = self._config.fidelity_every > 0 and update % self._config.fidelity_every == 0
+        audit = self._config.fidelity_every > 0 and update % self._config.fidelity_every == 0
+        theta = self._lower.snapshot() if audit or self._estimator.needs_theta else []
+        begun = _Begun(step, targets, theta, rows_c, audit=audit)
         if begun.audit:
             begun.before = self._lower.everything()
         if self._config.target_at == "theta":
@@ -272,7 +273,7 @@ class BilevelStep:
         return adamw_gain(square, int(state["step"]), config.beta1, config.beta2, config.eps)
 
     def _require_finite(self, u: Shards, result: StepResult) -> None:
-        norm = shards_dot(u, u) ** 0.5
+        norm = shards_norm(u)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the target set's gradient is not finite ({norm}) after a step of learning rate {result.lr:g}: "

@@ -8,7 +8,6 @@ Legend: b = this rank's sequences of the global batch, c <= b = those that are c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +22,7 @@ from ray_dwm.config import BilevelConfig
 from ray_dwm.core import estimators
 from ray_dwm.core.losses import sample_losses
 from ray_dwm.engine.batch import Batch
-from ray_dwm.engine.mesh import shard, shards_dot
+from ray_dwm.engine.mesh import shard, shards_norm
 from ray_dwm.engine.step import LowerLevel, batch_losses
 
 Shards = list[Tensor]
@@ -51,6 +50,9 @@ class Problem:
 class Estimator(Protocol):
     """<u, grad l_i(theta)> for all contracted sequences."""
 
+    needs_theta: bool
+    """Whether `Problem.theta` must be there; it is empty otherwise."""
+
     def watch(self, rows_c: Tensor, direction: Shards | None) -> None:
         """Before the LM's step: these rows of this rank's share will be contracted, with u if it is known already."""
         ...
@@ -72,7 +74,7 @@ class Estimator(Protocol):
 class FiniteDifference:
     """`central`, `one_sided` or `richardson`: forwards with perturbed shards, no graph."""
 
-    watch_seconds = 0.0
+    needs_theta, watch_seconds = True, 0.0
 
     def __init__(self, lower: LowerLevel, config: BilevelConfig, rule: str) -> None:
         self._lower, self._rule = lower, rule
@@ -88,7 +90,7 @@ class FiniteDifference:
 
     def contract(self, problem: Problem) -> Tensor:
         """See Estimator."""
-        norm = math.sqrt(shards_dot(problem.direction, problem.direction))
+        norm = shards_norm(problem.direction)
         if norm == 0.0:
             return torch.zeros_like(problem.losses_c)
         moved = self._lower.snapshot()
@@ -114,7 +116,7 @@ class Oracle:
     Fused attention kernels have no forward derivative, which is why the kernel is chosen here.
     """
 
-    watch_seconds = 0.0
+    needs_theta, watch_seconds = True, 0.0
 
     def __init__(self, lower: LowerLevel, rule: str) -> None:
         self._lower, self._rule = lower, {"exact": estimators.exact, "jvp": estimators.jvp}[rule]

@@ -173,6 +173,8 @@ class Ghost:
     Every matrix of u is gathered when the backward reaches it, and dropped again.
     """
 
+    needs_theta = False
+
     def __init__(self, lower: LowerLevel) -> None:
         parameters = {id(p): index for index, p in enumerate(lower.parameters)}
         # By module: FSDP puts another object in the parameter's place while a layer is gathered.

@@ -64,6 +64,12 @@ def shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def shards_norm(tensors: list[Tensor]) -> float:
+    """Euclidean norm over all parameters and all ranks' shards, to about single precision."""
+    squares = torch.stack([norm.double().square() for norm in torch._foreach_norm(tensors)])
+    return float(all_sum(squares.sum()).sqrt())
+
+
 def shards_dot(left: list[Tensor], right: list[Tensor]) -> float:
     """Inner product over all parameters and all ranks' shards."""
     local = torch.stack([torch.sum(a.double() * b.double()) for a, b in zip(left, right, strict=True)]).sum()

@@ -48,6 +48,8 @@ class GhostLowRank:
     the other, the whole u of the embedding and of the head.
     """
 
+    needs_theta = False
+
     def __init__(self, lower: LowerLevel, rank: int) -> None:
         self._lower, self._rank = lower, rank
         parameters = {id(p): index for index, p in enumerate(lower.parameters)}
@@ -146,10 +148,9 @@ class GhostLowRank:
         parameters = self._lower.parameters
         local = {i: shard(self._lower.optimizer.state[parameters[i]][name]) for i in self._sketched}
         right = _orthonormal(_all_sum({i: m.T @ (m @ self._start(m)) for i, m in local.items()}))
-        left = _orthonormal({i: whole(parameters[i], m @ right[i]) for i, m in local.items()})
-        rows = {i: _rows_of(parameters[i], left[i]) for i in local}
+        rows = _orthonormal({i: m @ right[i] for i, m in local.items()}, by_rows=True)
         right = _orthonormal(_all_sum({i: m.T @ rows[i] for i, m in local.items()}))
-        return {i: Subspace(left[i], right[i]) for i in local}
+        return {i: Subspace(whole(parameters[i], rows[i]), right[i]) for i in local}
 
     def _start(self, matrix: Tensor) -> Tensor:
         inputs = matrix.shape[1]
@@ -159,16 +160,26 @@ class GhostLowRank:
         return self._starts[inputs]
 
 
-def _orthonormal(matrices: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Orthonormal bases of the matrices' columns; those of one shape go through one call."""
-    by_shape: dict[torch.Size, list[int]] = {}
-    for index, matrix in matrices.items():
-        by_shape.setdefault(matrix.shape, []).append(index)
-    bases: dict[int, Tensor] = {}
-    for indices in by_shape.values():
-        stacked = torch.linalg.qr(torch.stack([matrices[i] for i in indices]))[0]
-        bases.update(zip(indices, stacked.unbind(), strict=True))
-    return bases
+def _orthonormal(matrices: dict[int, Tensor], by_rows: bool = False) -> dict[int, Tensor]:
+    """Orthonormal bases of the matrices' columns, from their Gram matrices, twice (Yamamoto et al. 2015, CholeskyQR2).
+
+    Args:
+        by_rows: every rank holds a part of the rows, and gets that of the basis.
+    """
+    for _ in range(2):
+        grams = {i: (y.T @ y).double() for i, y in matrices.items()}
+        grams = _all_sum(grams) if by_rows else grams
+        matrices = {i: y @ _inverse_factor(grams[i]).to(y.dtype) for i, y in matrices.items()}
+    return matrices
+
+
+def _inverse_factor(gram_rr: Tensor) -> Tensor:
+    """A with A^T G A = 1; what is added to G lets directions that it lacks come out small instead of failing."""
+    size, device = len(gram_rr), gram_rr.device
+    eye_rr = torch.eye(size, dtype=gram_rr.dtype, device=device)
+    regular_rr = gram_rr + (1e-7 * gram_rr.diagonal().mean() + 1e-300) * eye_rr
+    factor_rr = torch.linalg.cholesky_ex(regular_rr)[0]
+    return torch.linalg.solve_triangular(factor_rr, eye_rr, upper=False).T
 
 
 def _rows_of(parameter: Tensor, matrix: Tensor) -> Tensor:

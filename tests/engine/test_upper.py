@@ -240,7 +240,7 @@ def test_a_poor_estimator_and_concentrated_weights_are_told(
 class _Broken:
     """An estimator whose arithmetic has gone wrong."""
 
-    watch_seconds = 0.0
+    needs_theta, watch_seconds = False, 0.0
 
     def watch(self, rows_c: torch.Tensor, direction: Any) -> None:
         """See Estimator."""
