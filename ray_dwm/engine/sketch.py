@@ -167,9 +167,9 @@ def _orthonormal(matrices: dict[int, Tensor], by_rows: bool = False) -> dict[int
         by_rows: every rank holds a part of the rows, and gets that of the basis.
     """
     for _ in range(2):
-        grams = {i: (y.T @ y).double() for i, y in matrices.items()}
+        grams = {i: y.double().T @ y.double() for i, y in matrices.items()}
         grams = _all_sum(grams) if by_rows else grams
-        matrices = {i: y @ _inverse_factor(grams[i]).to(y.dtype) for i, y in matrices.items()}
+        matrices = {i: (y.double() @ _inverse_factor(grams[i])).to(y.dtype) for i, y in matrices.items()}
     return matrices
 
 
@@ -177,7 +177,7 @@ def _inverse_factor(gram_rr: Tensor) -> Tensor:
     """A with A^T G A = 1; what is added to G lets directions that it lacks come out small instead of failing."""
     size, device = len(gram_rr), gram_rr.device
     eye_rr = torch.eye(size, dtype=gram_rr.dtype, device=device)
-    regular_rr = gram_rr + (1e-7 * gram_rr.diagonal().mean() + 1e-300) * eye_rr
+    regular_rr = gram_rr + (1e-14 * gram_rr.diagonal().mean() + 1e-300) * eye_rr
     factor_rr = torch.linalg.cholesky_ex(regular_rr)[0]
     return torch.linalg.solve_triangular(factor_rr, eye_rr, upper=False).T
 
