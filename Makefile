@@ -32,7 +32,7 @@ checks: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/loop_overhead.py
-	$(BIN)/python benchmarks/bilevel_overhead.py
+	$(BIN)/python benchmarks/bilevel.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -7,5 +7,11 @@ out="${1:-benchmarks/results}"
 export PYTHONPATH="$PWD"
 large=(--vocab 32000 --seq-len 2048 --precision bf16 --output "$out")
 python benchmarks/loop_overhead.py --preset 370m "${large[@]}" --global-batch 32 --micro-batch 8 --rounds 3
-python benchmarks/bilevel_overhead.py --preset 370m "${large[@]}" --global-batch 32 --micro-batch 8 --target-batch 8 --rounds 3
-python benchmarks/bilevel_overhead.py --preset 1.3b "${large[@]}" --global-batch 16 --micro-batch 4 --target-batch 4 --rounds 2
+python benchmarks/bilevel.py --preset 370m "${large[@]}" --global-batch 32 --micro-batch 8 --target-batch 8 \
+    --tables cost memory growth --rounds 4 --runs 3
+# Its reference computes in fp32 and takes four forwards for each group of target sequences: shorter, and fewer of them.
+python benchmarks/bilevel.py --preset 370m "${large[@]}" --global-batch 32 --micro-batch 4 --target-batch 8 \
+    --seq-len 1024 --tables fidelity --points 10 20 --target-pool 64
+python benchmarks/bilevel.py --preset 1.3b "${large[@]}" --global-batch 16 --micro-batch 4 --target-batch 4 \
+    --tables cost memory --settings default fast central one_sided ghost --rounds 2 --runs 2
+python benchmarks/bilevel.py --preset quickstart --output "$out" --tables peers
