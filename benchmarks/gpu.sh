@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The benchmarks on one GPU, without Ray: from the repository root, with torch, transformers, pyarrow and PyYAML installed.
+# The benchmarks on one GPU, without Ray: from the repository root, with torch, transformers, pyarrow, PyYAML, rich and matplotlib installed.
 #     bash benchmarks/gpu.sh [OUTPUT_FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."

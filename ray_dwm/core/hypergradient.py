@@ -48,12 +48,12 @@ def adamw_jacobian(
     """
     c1 = (1 - beta1) / (1 - beta1**step)
     c2 = (1 - beta2) / (1 - beta2**step)
-    m_hat = exp_avg / (1 - beta1**step)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt()
+    root = (exp_avg_sq / (1 - beta2**step)).sqrt_()
     denominator = root + eps
-    # Factors of moderate size: root * denominator^2 would underflow in fp32.
-    jacobian = (c1 - (m_hat / denominator) * (c2 * clipped_grad / root)) / denominator
-    return jacobian.masked_fill((clipped_grad == 0) | (root == 0), 0.0)  # root: g^2 can underflow
+    # (c1 - (mh / denominator) (c2 g / root)) / denominator, in place: these are tensors of the LM's size. Factors of
+    # moderate size: root * denominator^2 would underflow in fp32.
+    jacobian = (exp_avg / (1 - beta1**step)).div_(denominator).mul_(clipped_grad / root).mul_(-c2).add_(c1)
+    return jacobian.div_(denominator).masked_fill_((clipped_grad == 0) | (root == 0), 0.0)  # root: g^2 can underflow
 
 
 def adamw_gain(exp_avg_sq: Tensor, step: int, beta1: float, beta2: float, eps: float) -> Tensor:

@@ -83,9 +83,9 @@ class _Gradient:
 class BilevelStep:
     """Computes the alignments around one LM step.
 
-    Memory on top of training: up to four copies of this rank's shards at once for the ghosts (v, the step's gradient,
-    the optimizer's Jacobian and u), one more for the others (theta), one more for every further target set, and at a
-    step that is audited two copies of LM and optimizer state.
+    Memory on top of training: the step's gradient, and v in whose place u is made, a copy of this rank's shards each;
+    for finite differences three more (theta, theta' and the values that are written), one more for a v that is kept and
+    for every target set beyond the first, and at a step that is audited two copies of LM and optimizer state.
     """
 
     def __init__(self, lower: LowerLevel, config: BilevelConfig) -> None:
@@ -140,7 +140,8 @@ class BilevelStep:
             self._refresh(begun.step, self._update, begun.targets)
         with self._timed("direction"), torch.no_grad():
             figures = self._by_set(clipped, result)
-            u = begun.direction or self._direction(self._v, clipped, result.grad_norm)
+            spare = self._config.reuse == 1 and not begun.audit
+            u = begun.direction or self._direction(self._v, clipped, result.grad_norm, consume=spare)
             self._require_finite(u, result)
         with self._timed("contraction"):
             dots_c = self._estimator.contract(self._problem(begun, u, batch, result, begun.rows_c))
@@ -246,16 +247,21 @@ class BilevelStep:
         return total
 
     @torch.no_grad()
-    def _direction(self, v: Shards, clipped: Shards, norm: float) -> Shards:
-        """u = C^T (D * v)."""
-        scaled = [self._jacobian(p, g) * x for p, g, x in zip(self._parameters, clipped, v, strict=True)]
+    def _direction(self, v: Shards, clipped: Shards, norm: float, consume: bool = False) -> Shards:
+        """u = C^T (D * v); in the place of v where it may be consumed."""
+        u = v if consume else list(v)
+        for index, (p, g) in enumerate(zip(self._parameters, clipped, strict=True)):
+            jacobian = self._jacobian(p, g)
+            u[index] = v[index].mul_(jacobian) if consume else v[index] * jacobian
         max_norm = self._lower.config.clip_norm
         coefficient = clip_coefficient(norm, max_norm)
         if coefficient == 1.0:
-            return scaled
-        grads = torch._foreach_div(clipped, coefficient)
-        dot = shards_dot(list(grads), scaled)
-        return [clip_transpose(s, g, dot, norm, max_norm) for s, g in zip(scaled, grads, strict=True)]
+            return u
+        # With g_c = k g, <g, x> g = <g_c, x> g_c / k^2: the unclipped gradient need not be made again.
+        dot = shards_dot(clipped, u) / coefficient**2
+        for index, g in enumerate(clipped):
+            u[index] = clip_transpose(u[index], g, dot, norm, max_norm)
+        return u
 
     def _jacobian(self, parameter: Tensor, clipped: Tensor) -> Tensor | float:
         config, state = self._lower.config, self._lower.optimizer.state[parameter]

@@ -72,5 +72,6 @@ def shards_norm(tensors: list[Tensor]) -> float:
 
 def shards_dot(left: list[Tensor], right: list[Tensor]) -> float:
     """Inner product over all parameters and all ranks' shards."""
-    local = torch.stack([torch.sum(a.double() * b.double()) for a, b in zip(left, right, strict=True)]).sum()
+    # Products in place of copies in double; sums of a tensor in its own precision, by halves, of all in double.
+    local = torch.stack([(a * b).sum().double() for a, b in zip(left, right, strict=True)]).sum()
     return float(all_sum(local))

@@ -135,7 +135,7 @@ class GhostLowRank:
         """P^T u Q of every sketched matrix."""
         local = {}
         for index, space in self._spaces.items():
-            rows = _rows_of(self._lower.parameters[index], space.left)
+            rows = space.left[_place(len(space.left))]
             local[index] = rows.T @ direction[index] @ space.right
         return _all_sum(local)
 
@@ -150,7 +150,8 @@ class GhostLowRank:
         right = _orthonormal(_all_sum({i: m.T @ (m @ self._start(m)) for i, m in local.items()}))
         rows = _orthonormal({i: m @ right[i] for i, m in local.items()}, by_rows=True)
         right = _orthonormal(_all_sum({i: m.T @ rows[i] for i, m in local.items()}))
-        return {i: Subspace(whole(parameters[i], rows[i]), right[i]) for i in local}
+        left = _gather({i: (len(parameters[i]), x) for i, x in rows.items()})
+        return {i: Subspace(left[i], right[i]) for i in local}
 
     def _start(self, matrix: Tensor) -> Tensor:
         inputs = matrix.shape[1]
@@ -182,12 +183,19 @@ def _inverse_factor(gram_rr: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor_rr, eye_rr, upper=False).T
 
 
-def _rows_of(parameter: Tensor, matrix: Tensor) -> Tensor:
-    """This rank's rows of a whole matrix with as many rows as a parameter has."""
-    if shard(parameter).shape[0] == matrix.shape[0]:
-        return matrix
-    per_rank = -(-matrix.shape[0] // dist.get_world_size())  # as Shard(0) deals them out
-    return matrix.split(per_rank)[dist.get_rank()] if dist.get_rank() * per_rank < len(matrix) else matrix[:0]
+def _place(rows: int) -> slice:
+    """The rows of a matrix that are this rank's, as Shard(0) deals them out."""
+    per_rank = -(-rows // dist.get_world_size())
+    return slice(min(rows, dist.get_rank() * per_rank), min(rows, (dist.get_rank() + 1) * per_rank))
+
+
+def _gather(parts: dict[int, tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """Whole matrices of (number of rows, this rank's rows), in one collective."""
+    padded = {}
+    for index, (rows, part) in parts.items():
+        padded[index] = part.new_zeros(rows, part.shape[1])
+        padded[index][_place(rows)] = part
+    return _all_sum(padded)
 
 
 def _all_sum(values: dict[int, Tensor]) -> dict[int, Tensor]:
