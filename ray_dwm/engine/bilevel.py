@@ -26,11 +26,13 @@ from torch.distributed.tensor import DTensor, Shard
 from ray_dwm.config import BilevelConfig
 from ray_dwm.core.hypergradient import adamw_gain, adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
 from ray_dwm.engine.batch import Batch
-from ray_dwm.engine.contraction import Estimator, FiniteDifference, Oracle, Problem, Shards, placed, shards_of
+from ray_dwm.engine.clock import synchronize
+from ray_dwm.engine.contraction import Estimator, FiniteDifference, Oracle, Problem, Shards, shards_of
 from ray_dwm.engine.ghost import Ghost
 from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard, shards_dot, shards_norm
 from ray_dwm.engine.sketch import GhostLowRank
-from ray_dwm.engine.step import LowerLevel, StepResult, batch_losses, forward_losses, tokens_per_sample
+from ray_dwm.engine.step import LowerLevel, StepResult
+from ray_dwm.engine.target import TargetGradient, Targets
 from ray_dwm.engine.weighting import GivenWeights
 from ray_dwm.errors import ConfigError, TrainingError
 
@@ -38,9 +40,6 @@ PHASES = ("target_gradient", "direction", "contraction", "watch", "fidelity")
 
 PROBE = 0.1
 """Largest part of a weight by which trying out moves it."""
-
-Targets = dict[str, Batch]
-"""This rank's share of the target batch of every target set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +69,6 @@ class _Begun:
     """LM and optimizer before the step, where it is audited."""
 
 
-@dataclass(slots=True)
-class _Gradient:
-    """v, and when it was made."""
-
-    step: int = -1
-    combined: Shards = field(default_factory=list)
-    by_set: dict[str, Shards] = field(default_factory=dict)
-    """Where there is more than one set."""
-
-
 class BilevelStep:
     """Computes the alignments around one LM step.
 
@@ -95,7 +84,7 @@ class BilevelStep:
         _require_plain_sharding(self._parameters)
         self._estimator = build_estimator(lower, config)
         self._judge = FiniteDifference(lower, config, "richardson")
-        self._gradient = _Gradient()
+        self.target = TargetGradient(lower, config)
         self._begun: _Begun | None = None
         self.seconds = dict.fromkeys(PHASES, 0.0)
         """Of the last bi-level step, by part; `watch` ran inside the LM's step."""
@@ -119,7 +108,7 @@ class BilevelStep:
             self._refresh(step, update, targets)
             if self._config.estimator == "ghost":
                 with self._timed("direction"), torch.no_grad():
-                    begun.direction = [self._gain(p) * x for p, x in zip(self._parameters, self._v, strict=True)]
+                    begun.direction = [self._gain(p) * x for p, x in zip(self._parameters, self.target.v, strict=True)]
         with self._timed("direction"):
             self._estimator.watch(rows_c, begun.direction)
         self._begun, self._update = begun, update
@@ -141,7 +130,7 @@ class BilevelStep:
         with self._timed("direction"), torch.no_grad():
             figures = self._by_set(clipped, result)
             spare = self._config.reuse == 1 and not begun.audit
-            u = begun.direction or self._direction(self._v, clipped, result.grad_norm, consume=spare)
+            u = begun.direction or self._direction(self.target.v, clipped, result.grad_norm, consume=spare)
             self._require_finite(u, result)
         with self._timed("contraction"):
             dots_c = self._estimator.contract(self._problem(begun, u, batch, result, begun.rows_c))
@@ -157,32 +146,8 @@ class BilevelStep:
                 figures["dwm/fidelity"] = self._fidelity(begun, dots_c, clipped, batch, result)
                 figures |= self._try_out(begun, -result.lr * dots_c, batch, result)
         if self._config.reuse == 1:
-            self._gradient = _Gradient()
+            self.target.forget()
         return Outcome(-result.lr * dots_c, begun.rows_c, figures)
-
-    def state_dict(self, sets: list[str]) -> dict[str, Tensor]:
-        """What a checkpoint must keep: the target gradients that the next updates will use again."""
-        if self._config.reuse == 1:
-            return {}
-        state = {"step": torch.tensor(self._gradient.step)}
-        kept = {"v": self._gradient.combined}
-        if len(sets) > 1:
-            kept |= {f"v_{name}": self._gradient.by_set.get(name, []) for name in sets}
-        for key, values in kept.items():
-            values = values or [torch.zeros_like(shard(p)) for p in self._parameters]
-            state |= {f"{key}.{i}": placed(p, x) for i, (p, x) in enumerate(zip(self._parameters, values, strict=True))}
-        return state
-
-    def load_state_dict(self, sets: list[str], state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
-        if not state or int(state["step"]) < 0:
-            return
-
-        def shards(key: str) -> Shards:
-            return [shard(state[f"{key}.{i}"]) for i in range(len(self._parameters))]
-
-        by_set = {name: shards(f"v_{name}") for name in sets} if len(sets) > 1 else {}
-        self._gradient = _Gradient(int(state["step"]), shards("v"), by_set)
 
     def _problem(self, begun: _Begun, u: Shards, batch: Batch, result: StepResult, rows_c: Tensor) -> Problem:
         start = dist.get_rank() * len(batch)
@@ -195,56 +160,18 @@ class BilevelStep:
             tokens=result.tokens_per_sample,
         )
 
+    def _refresh(self, step: int, update: int, targets: Targets) -> None:
+        if self.target.due(step, update):
+            with self._timed("target_gradient"):
+                self.target.make(step, targets)
+
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        synchronize()
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         self.seconds[phase] += time.perf_counter() - start
-
-    @property
-    def _v(self) -> Shards:
-        return self._gradient.combined
-
-    def _refresh(self, step: int, update: int, targets: Targets) -> None:
-        """Make v anew where it is due: every `reuse`-th update, or when it is too old."""
-        old = self._gradient
-        fresh_enough = old.combined and step - old.step <= self._config.max_staleness
-        if fresh_enough and update % self._config.reuse:
-            return
-        with self._timed("target_gradient"):
-            self._gradient = self._target_gradient(step, targets)
-
-    def _target_gradient(self, step: int, targets: Targets) -> _Gradient:
-        """v: the gradient of the sets' weighted token means where the LM stands, in fp32."""
-        shares = target_shares(self._config, list(targets))
-        by_set = {}
-        for name, batch in targets.items():
-            size = len(batch) * dist.get_world_size()
-            tokens = tokens_per_sample(batch, size)
-            for part in batch.micro_batches(self._lower.config.micro_batch):
-                _, losses_m = forward_losses(self._lower.model, part, tokens)
-                (dist.get_world_size() * losses_m.sum() / size).backward()
-            by_set[name] = shards_of(self._parameters)
-            self._lower.zero_grad()
-        if len(by_set) == 1:
-            return _Gradient(step, next(iter(by_set.values())))
-        combined = [torch.zeros_like(shard(p)) for p in self._parameters]
-        for name, v in by_set.items():
-            torch._foreach_add_(combined, v, alpha=shares[name])
-        return _Gradient(step, combined, by_set)
-
-    def _target_loss(self, targets: Targets) -> float:
-        """L_target where the LM stands."""
-        shares = target_shares(self._config, list(targets))
-        total = 0.0
-        for name, batch in targets.items():
-            size = len(batch) * dist.get_world_size()
-            tokens = tokens_per_sample(batch, size)
-            losses_b = batch_losses(self._lower.model, batch, self._lower.config.micro_batch, tokens)
-            total += shares[name] * float(all_sum(losses_b.double().sum())) / size
-        return total
 
     @torch.no_grad()
     def _direction(self, v: Shards, clipped: Shards, norm: float, consume: bool = False) -> Shards:
@@ -289,7 +216,7 @@ class BilevelStep:
     def _by_set(self, clipped: Shards, result: StepResult) -> dict[str, float]:
         """Every set's alignment with the batch as it was weighted, -lr <D * v_set, clipped gradient>, in nats."""
         figures = {}
-        for name, v in self._gradient.by_set.items():
+        for name, v in self.target.by_set.items():
             scaled = [self._jacobian(p, g) * x for p, g, x in zip(self._parameters, clipped, v, strict=True)]
             figures[f"bilevel/alignment/{name}"] = -result.lr * shards_dot(scaled, clipped)
         return figures
@@ -299,9 +226,9 @@ class BilevelStep:
 
         The judge's u is always that of the definition: v at theta' on this step's target batch, D and C after the step.
         """
-        v = self._v
-        if self._config.target_at != "theta_prime" or self._gradient.step != begun.step:
-            v = self._target_gradient(begun.step, begun.targets).combined
+        v = self.target.v
+        if self._config.target_at != "theta_prime" or self.target.step != begun.step:
+            v = self.target.gradient(begun.targets)[0]
         u = self._direction(v, clipped, result.grad_norm)
         count = max(1, self._config.fidelity_sequences // dist.get_world_size())
         problem = self._problem(begun, u, batch, result, begun.rows_c[:count])
@@ -320,11 +247,11 @@ class BilevelStep:
         move_C = alignments_C.mean() - alignments_C
         move_C = move_C * (PROBE * (result.weights_B[positions_C] / move_C.abs().clamp(min=1e-30)).min())
         weights_B = result.weights_B.index_add(0, positions_C, move_C)
-        after, loss = self._lower.everything(), self._target_loss(begun.targets)
+        after, loss = self._lower.everything(), self.target.loss(begun.targets)
         self._lower.restore(begun.before)
         self._lower.step(begun.step, batch, GivenWeights(weights_B))
         self._lower.zero_grad()
-        change = self._target_loss(begun.targets) - loss
+        change = self.target.loss(begun.targets) - loss
         self._lower.restore(after)
         predicted = float(torch.dot(alignments_C.double(), move_C.double()))
         return {"bilevel/predicted_change": predicted, "bilevel/realised_change": change}
@@ -334,12 +261,6 @@ def centred_cosine(left: Tensor, right: Tensor) -> float:
     """Cosine of two vectors after their means are taken off: what the softmax sees of them."""
     left, right = left.double(), right.double()
     return float(F.cosine_similarity(left - left.mean(), right - right.mean(), dim=0))
-
-
-def target_shares(config: BilevelConfig, sets: list[str]) -> dict[str, float]:
-    """Share of every target set in L_target, by `bilevel.target_weights`; they sum to 1."""
-    weights = {name: config.target_weights.get(name, 1.0) for name in sets}
-    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def _require_plain_sharding(parameters: list[Tensor]) -> None:

@@ -116,7 +116,7 @@ class UpperLevel:
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep."""
         budget = self._budget.state_dict() if self._budget else {}
-        return {**self._step.state_dict(list(self._targets)), **{f"budget.{k}": v for k, v in budget.items()}}
+        return {**self._step.target.state_dict(list(self._targets)), **{f"budget.{k}": v for k, v in budget.items()}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
@@ -124,4 +124,4 @@ class UpperLevel:
         if self._budget is not None:
             self._budget.load_state_dict(budget)
         own = {k: v for k, v in state.items() if not k.startswith("budget.")}
-        self._step.load_state_dict(list(self._targets), own)
+        self._step.target.load_state_dict(list(self._targets), own)
