@@ -39,7 +39,7 @@ def keep_two(config: RunConfig) -> tuple[list[str], int, int]:
 
 
 def test_keeps_the_newest_and_restores_step_and_cursor(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50")
+    config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50", "train.steps=60")
     found, step, cursor = run(1, tmp_path / "p", keep_two, config)
     assert found == ["step_000000001", "step_000000002"]
     assert (step, cursor) == (2, 12)
@@ -57,7 +57,7 @@ def half_written(config: RunConfig) -> int:
 
 
 def test_half_written_checkpoints_are_passed_over(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50")
+    config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50", "train.steps=60")
     assert run(1, tmp_path / "p", half_written, config) == 1
 
 
@@ -93,7 +93,7 @@ def load_spoiled(config: RunConfig, spoil: Callable[[Path, Path], None], mark: P
 
 @pytest.mark.parametrize("spoil", [cut, poison])
 def test_a_damaged_or_hostile_checkpoint_is_refused(shards: dict[str, Path], tmp_path: Path, spoil: Any) -> None:
-    config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50")
+    config = tiny_config(shards, tmp_path, "bilevel.warmup_steps=50", "train.steps=60")
     message = run(1, tmp_path / "p", load_spoiled, config, spoil, tmp_path / "mark")
     assert "step_000000002 is damaged" in message and "remove it to continue from step_000000001" in message
     assert "\n" not in message
@@ -120,7 +120,7 @@ def write_limit(config: RunConfig) -> tuple[str, list[str], bool]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_failing_write_leaves_the_last_checkpoint(shards: dict[str, Path], tmp_path: Path, world: int) -> None:
-    config = tiny_config(shards, tmp_path, f"cluster.workers={world}", "bilevel.warmup_steps=50")
+    config = tiny_config(shards, tmp_path, f"cluster.workers={world}", "bilevel.warmup_steps=50", "train.steps=60")
     message, found, intact = run(world, tmp_path / "p", write_limit, config)
     assert message.startswith("the checkpoint of step 2 cannot be written to")
     assert "free space there" in message and "\n" not in message
@@ -139,5 +139,5 @@ def test_too_little_space_is_told_before_writing(
             checkpointer(config).save(1, Cursor(1))
         return str(raised.value)
 
-    message = run(1, tmp_path / "p", body, tiny_config(shards, tmp_path, "bilevel.warmup_steps=50"))
+    message = run(1, tmp_path / "p", body, tiny_config(shards, tmp_path, "bilevel.warmup_steps=50", "train.steps=60"))
     assert "the last checkpoint is intact" in message
