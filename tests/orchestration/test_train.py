@@ -56,7 +56,7 @@ def test_run_folder_holds_what_users_rely_on(undisturbed: RunConfig) -> None:
     AutoModelForCausalLM.from_pretrained(folder / "hf")
     assert json.loads((folder / "summary.json").read_text())["final"].keys() == {"val/target/loss", "val/test/loss"}
     _, content = load_dwm(sorted((folder / "dwm").iterdir())[-1], "0" * 64)
-    assert content["learnt_on"]["step"] == 60
+    assert content["learnt_on"]["step"] == 59  # the step, counted from 0, from which on it was applied
     assert len(list((folder / "checkpoints").iterdir())) == 2
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
