@@ -56,7 +56,7 @@ def target_gradient(lower: LowerLevel, targets: Batch) -> Shards:
     size = len(targets) * dist.get_world_size()
     tokens = tokens_per_sample(targets, size)
     for part in targets.micro_batches(lower.config.micro_batch):
-        (dist.get_world_size() * forward_losses(lower.model, part, tokens)[1].sum() / size).backward()
+        (dist.get_world_size() * forward_losses(lower.model, part, tokens).sum() / size).backward()
     v = [x.clone() for x in shards_of(lower.parameters)]
     lower.zero_grad()
     return v

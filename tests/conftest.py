@@ -22,3 +22,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_shards(root / "target", good=64, noise=0, seed=2, files=1)
     make_shards(root / "held_out", good=32, noise=0, seed=3, files=1)
     return {name: root / name for name in ("train", "target", "held_out")}
+
+
+@pytest.fixture(scope="session")
+def masked_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Shards of which a random third of the tokens count."""
+    root = tmp_path_factory.mktemp("masked")
+    for seed, name in enumerate(("train", "target", "held_out"), start=1):
+        make_shards(root / name, good=32, noise=32, seed=seed, masked=True)
+    return {name: root / name for name in ("train", "target", "held_out")}

@@ -6,23 +6,21 @@ Legend: B = sequences of the global batch, b = this rank's, D = the LM's width. 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.reweighting import anchor_alignment, annealed_r, joint_update_aware_weights, loss_based_weights
 from ray_dwm.core.weighting import log_relative
-from ray_dwm.data.plan import target_rows
 from ray_dwm.data.shards import ShardReader
-from ray_dwm.engine.batch import to_batch
+from ray_dwm.engine.batch import draw
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
 from ray_dwm.engine.step import losses_and_statistics
-from ray_dwm.engine.weighting import Statistics
+from ray_dwm.engine.weighting import Stateless, Statistics
 
 
-class LossWeighting:
+class LossWeighting(Stateless):
     """A function of the sequences' current losses (Sow et al., ICLR 2025).
 
     A sequence without counted tokens has no loss: it keeps the uniform weight and takes no part in the batch's range.
@@ -52,21 +50,8 @@ class LossWeighting:
             weights_B[counted_B] = share * loss_based_weights(losses_B[counted_B], c.strategy, r)
         return log_relative(weights_B), weights_B
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """See Weighting."""
-        return {}
 
-    def state_dict(self, step: int) -> State:
-        """See Weighting."""
-        del step
-        return {}
-
-    def load_state_dict(self, step: int, state: State) -> None:
-        """See Weighting."""
-
-
-class JointUpdateAwareWeighting:
+class JointUpdateAwareWeighting(Stateless):
     """Likeness to the target set's mean embedding, less redundancy within the batch (DataFlex)."""
 
     statistics: Statistics = "embedding"
@@ -87,10 +72,7 @@ class JointUpdateAwareWeighting:
     def _anchor(self, refresh: int) -> Tensor:
         """Mean embedding of fresh target sequences, (D,)."""
         size = self._config.weighting.anchor_sequences
-        rows = target_rows(self._target.manifest.rows, size, refresh, self._config.seed)
-        share = size // dist.get_world_size()
-        start = dist.get_rank() * share
-        batch = to_batch(self._target.take(rows[start : start + share]), self._seq_len, self._device)
+        batch = draw(self._target, size, refresh, self._config.seed, self._seq_len, self._device)
         parts = batch.micro_batches(self._config.train.micro_batch)
         embeddings = [losses_and_statistics(self._model, part, 1.0, self.statistics)[1] for part in parts]
         return all_sum(torch.stack([x.sum(dim=0) for x in embeddings if x is not None]).sum(dim=0)) / size
@@ -103,11 +85,6 @@ class JointUpdateAwareWeighting:
         c = self._config.weighting
         weights_B = joint_update_aware_weights(alignment_B, gram_BB, c.beta, c.tau)
         return log_relative(weights_B), weights_B
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """See Weighting."""
-        return {}
 
     def state_dict(self, step: int) -> State:
         """See Weighting."""

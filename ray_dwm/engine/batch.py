@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ray_dwm.core.losses import predicted_mask
-from ray_dwm.data.plan import ReadPlan
+from ray_dwm.data.plan import ReadPlan, target_rows
 from ray_dwm.data.shards import Rows, ShardReader
 
 
@@ -53,6 +54,14 @@ def to_batch(rows: Rows, seq_len: int, device: torch.device) -> Batch:
         input_ids,
         predicted_mask(loss_mask, input_ids),
     )
+
+
+def draw(reader: ShardReader, sequences: int, number: int, seed: int, seq_len: int, device: torch.device) -> Batch:
+    """This rank's share of the `number`-th random draw of `sequences` rows of a set, over all ranks."""
+    rows = target_rows(reader.manifest.rows, sequences, number, seed)
+    share = sequences // dist.get_world_size()
+    start = dist.get_rank() * share
+    return to_batch(reader.take(rows[start : start + share]), seq_len, device)
 
 
 class BatchSource(Protocol):

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_dwm.config import RunConfig
 from ray_dwm.core.reweighting import entropy_matched_random_weights, shuffled
-from ray_dwm.core.weighting import kl_to_uniform
+from ray_dwm.core.weighting import kl_to_uniform, weights_from_scores
 
 _SALT = 101
 """Keeps these streams apart from those of the read plan, which are keyed by the same seed and 0, 1 or 2."""
@@ -32,6 +33,13 @@ def applied_weights(control: str, weights_B: Tensor, seed: int, step: int) -> Te
         target_kl = min(target_kl, (1 - 1e-6) * math.log(weights_B.numel()))
         return entropy_matched_random_weights(target_kl, weights_B.numel(), generator(seed, step)).to(weights_B)
     return shuffled(weights_B, generator(seed, step)) if control == "shuffled" else weights_B
+
+
+def dwm_weights(config: RunConfig, scores_B: Tensor, step: int) -> Tensor:
+    """What LM step `step` applies of the DWM's scores, (B,): its weights, or what a null control makes of them."""
+    dwm = config.dwm
+    weights_B = weights_from_scores(scores_B, dwm.temperature, dwm.floor)
+    return applied_weights(dwm.control, weights_B, config.seed, step)
 
 
 def learnt_alignments(control: str, alignments_B: Tensor, seed: int, step: int) -> Tensor:

@@ -131,9 +131,13 @@ def owners(model: LlamaForCausalLM) -> list[nn.Module]:
     return found
 
 
-def weight(module: nn.Module) -> Tensor:
-    """A module's only parameter."""
-    return next(module.parameters(recurse=False))
+def parameter_index(lower: LowerLevel) -> dict[int, int]:
+    """id of a module that owns a parameter -> the parameter's place in `lower.parameters`.
+
+    By module, and made while the LM is sharded: FSDP puts another object in the parameter's place where it is gathered.
+    """
+    places = {id(p): index for index, p in enumerate(lower.parameters)}
+    return {id(m): places[id(next(m.parameters(recurse=False)))] for m in owners(lower.model)}
 
 
 def inner(x_kTd: Tensor, y_kTd: Tensor) -> Tensor:
@@ -176,9 +180,7 @@ class Ghost:
     needs_theta = False
 
     def __init__(self, lower: LowerLevel) -> None:
-        parameters = {id(p): index for index, p in enumerate(lower.parameters)}
-        # By module: FSDP puts another object in the parameter's place while a layer is gathered.
-        self._index = {id(m): parameters[id(weight(m))] for m in owners(lower.model)}
+        self._index = parameter_index(lower)
         self._lower, self._watcher = lower, Watcher(lower.model, self._see)
         self._dots_c, self._direction = torch.empty(0), list[Tensor]()
 

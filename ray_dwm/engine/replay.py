@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from ray_dwm.config import RunConfig
-from ray_dwm.core.weighting import weights_from_scores
 from ray_dwm.data.records import read_json, write_whole
-from ray_dwm.engine.controls import applied_weights
-from ray_dwm.engine.learner import State
+from ray_dwm.engine.controls import dwm_weights
 from ray_dwm.engine.weigher import batch_scores
-from ray_dwm.engine.weighting import Statistics
+from ray_dwm.engine.weighting import Stateless, Statistics
 from ray_dwm.errors import DataError
 from ray_dwm.models.dwm import DataWeightingModel
 from ray_dwm.models.hf import load_dwm
@@ -66,11 +64,11 @@ def read_trajectory(folder: Path) -> list[Entry]:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}): let the run that made it end again") from None
     if not entries:
-        raise DataError(f"{path} names no version: the run that made it ended before its first checkpoint")
+        raise DataError(f"{path} names no version: the run that made it ended before the first point of its trajectory")
     return sorted(entries, key=lambda entry: entry.fraction)
 
 
-class ReplayedWeighting:
+class ReplayedWeighting(Stateless):
     """Applies given DWM versions."""
 
     def __init__(self, config: RunConfig, tokenizer_sha256: str, device: torch.device) -> None:
@@ -106,19 +104,9 @@ class ReplayedWeighting:
         scores_B = batch_scores(self._model, input_ids_bT, statistics_bS)
         if self._index < 0:
             scores_B = torch.zeros_like(scores_B)
-        dwm = self._config.dwm
-        weights_B = weights_from_scores(scores_B, dwm.temperature, dwm.floor)
-        return scores_B, applied_weights(dwm.control, weights_B, self._config.seed, self._step)
+        return scores_B, dwm_weights(self._config, scores_B, self._step)
 
     @property
     def metrics(self) -> dict[str, float]:
         """See Weighting: which of the given versions is applied, from 1; 0 before the first."""
         return {"dwm/version": self._index + 1}
-
-    def state_dict(self, step: int) -> State:
-        """See Weighting; everything follows from the step."""
-        del step
-        return {}
-
-    def load_state_dict(self, step: int, state: State) -> None:
-        """See Weighting."""

@@ -9,7 +9,7 @@ Two parts of the gradient are sparse in the vocabulary, badly approximated by an
 right, so they are exact: the rows of the input embedding, and the labels' rows of the head. For the latter, with h_t
 the head's input and y_t the label, G_i = sum_t (p_t - onehot(y_t)) h_t^T / tokens: only the p_t part is sketched.
 
-RMSNorm gains are left out: there are few, and their share of the inner product was below 1e-4 where it was measured.
+RMSNorm gains are left out: there are few of them.
 
 Legend: c = contracted sequences of this rank, T tokens, r rank, d the LM's width, I, O = a matrix's inputs and outputs.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ray_dwm.engine.contraction import Problem, Shards, whole
-from ray_dwm.engine.ghost import Watcher, inner, owners, unscaled, weight
+from ray_dwm.engine.ghost import Watcher, inner, owners, parameter_index, unscaled
 from ray_dwm.engine.mesh import shard
 from ray_dwm.engine.step import LowerLevel
 
@@ -52,12 +52,10 @@ class GhostLowRank:
 
     def __init__(self, lower: LowerLevel, rank: int) -> None:
         self._lower, self._rank = lower, rank
-        parameters = {id(p): index for index, p in enumerate(lower.parameters)}
-        modules = owners(lower.model)
-        self._index = {id(m): parameters[id(weight(m))] for m in modules}
+        self._index = parameter_index(lower)
         self._embedding = self._index[id(lower.model.model.embed_tokens)]
         self._head = self._index[id(lower.model.lm_head)]
-        self._sketched = sorted({self._index[id(m)] for m in modules if isinstance(m, nn.Linear)})
+        self._sketched = sorted({self._index[id(m)] for m in owners(lower.model) if isinstance(m, nn.Linear)})
         self._watcher = Watcher(lower.model, self._see)
         self._starts: dict[int, Tensor] = {}
         self._spaces: dict[int, Subspace] = {}

@@ -68,10 +68,9 @@ def tokens_per_sample(batch: Batch, global_batch: int) -> float:
     return counted / global_batch
 
 
-def forward_losses(model: LlamaForCausalLM, batch: Batch, tokens: float) -> tuple[Tensor, Tensor]:
-    """(logits, l_i) of a micro-batch."""
-    logits_bTV = model(input_ids=batch.input_ids).logits
-    return logits_bTV, sample_losses(logits_bTV, batch.input_ids, batch.mask, tokens)
+def forward_losses(model: LlamaForCausalLM, batch: Batch, tokens: float) -> Tensor:
+    """l_i of a micro-batch."""
+    return losses_and_statistics(model, batch, tokens, "none")[0]
 
 
 def losses_and_statistics(
@@ -94,7 +93,7 @@ def losses_and_statistics(
 @torch.no_grad()
 def batch_losses(model: LlamaForCausalLM, batch: Batch, micro_batch: int, tokens: float) -> Tensor:
     """l_i of this rank's share without a graph, (b,)."""
-    return torch.cat([forward_losses(model, part, tokens)[1] for part in batch.micro_batches(micro_batch)])
+    return torch.cat([forward_losses(model, part, tokens) for part in batch.micro_batches(micro_batch)])
 
 
 class LowerLevel:
@@ -137,7 +136,7 @@ class LowerLevel:
         weights_b = weights_B[start : start + len(batch)]
         losses = []
         for index, part in enumerate(micro):
-            losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)[1]
+            losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)
             offset = index * self.config.micro_batch
             # FSDP averages gradients over ranks; times W, the average is the weighted sum.
             objective = dist.get_world_size() * torch.dot(weights_b[offset : offset + len(part)], losses_m)

@@ -50,7 +50,7 @@ class TargetGradient:
             size = len(batch) * dist.get_world_size()
             tokens = tokens_per_sample(batch, size)
             for part in batch.micro_batches(self._lower.config.micro_batch):
-                _, losses_m = forward_losses(self._lower.model, part, tokens)
+                losses_m = forward_losses(self._lower.model, part, tokens)
                 (dist.get_world_size() * losses_m.sum() / size).backward()
             by_set[name] = shards_of(self._parameters)
             self._lower.zero_grad()

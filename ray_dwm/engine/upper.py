@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.schedules import EveryN
-from ray_dwm.data.plan import target_rows
 from ray_dwm.data.shards import ShardReader
-from ray_dwm.engine.batch import Batch, to_batch
+from ray_dwm.engine.batch import Batch, draw
 from ray_dwm.engine.bilevel import BilevelStep, Outcome
 from ray_dwm.engine.budget import Budget
 from ray_dwm.engine.mesh import is_main
@@ -36,8 +34,9 @@ class UpperLevel:
         self._targets, self._seq_len, self._device = targets, seq_len, device
         self._step = BilevelStep(lower, config.bilevel)
         self._schedule = weigher.schedule
-        adapts = config.bilevel.every == 0 and isinstance(self._schedule, EveryN)
-        self._budget = Budget(config, self._schedule) if adapts and isinstance(self._schedule, EveryN) else None
+        self._budget: Budget | None = None
+        if config.bilevel.every == 0 and isinstance(self._schedule, EveryN):
+            self._budget = Budget(config, self._schedule)
         self._held: list[Tensor] = []
         self._outcome: Outcome | None = None
 
@@ -69,14 +68,11 @@ class UpperLevel:
     def _draw(self, update: int) -> dict[str, Batch]:
         """This rank's share of a fresh target batch of every target set."""
         whole = self._budget.target_batch if self._budget else self._config.bilevel.target_batch
-        size = whole // len(self._targets)
-        share = size // dist.get_world_size()
-        start = dist.get_rank() * share
-        batches = {}
-        for number, (name, reader) in enumerate(self._targets.items()):
-            rows = target_rows(reader.manifest.rows, size, update, self._config.seed + number)
-            batches[name] = to_batch(reader.take(rows[start : start + share]), self._seq_len, self._device)
-        return batches
+        size, seed = whole // len(self._targets), self._config.seed
+        return {
+            name: draw(reader, size, update, seed + number, self._seq_len, self._device)
+            for number, (name, reader) in enumerate(self._targets.items())
+        }
 
     def figures(self, step: int, seconds: Mapping[str, float]) -> dict[str, float]:
         """What the last LM step `step` (from 0) adds to its line of metrics.jsonl, given its seconds by phase."""

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.schedules import BilevelSchedule, EveryN, Staged
-from ray_dwm.core.weighting import weights_from_scores
 from ray_dwm.engine.budget import first_every
-from ray_dwm.engine.controls import applied_weights, learnt_alignments
+from ray_dwm.engine.controls import dwm_weights, learnt_alignments
 from ray_dwm.engine.learner import METRICS, Feedback, State, WeightService
 from ray_dwm.engine.mesh import all_gather_rows
 from ray_dwm.engine.weighting import Statistics
@@ -141,9 +140,7 @@ class Weigher:
     @torch.no_grad()
     def _weigh(self, step: int, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         scores_B = batch_scores(self._model, input_ids_bT, statistics_bS)
-        dwm = self._config.dwm
-        weights_B = weights_from_scores(scores_B, dwm.temperature, dwm.floor)
-        return scores_B, applied_weights(dwm.control, weights_B, self._config.seed, step)
+        return scores_B, dwm_weights(self._config, scores_B, step)
 
     def submit(
         self,

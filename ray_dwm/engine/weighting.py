@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -50,25 +50,34 @@ class Weighting(Protocol):
         ...
 
 
-class GivenWeights:
-    """Fixed weights of one global batch."""
+class Stateless:
+    """What a Weighting has where nothing outlives a step."""
 
-    statistics: Statistics = "none"
-    metrics: ClassVar[dict[str, float]] = {}
-
-    def __init__(self, weights_B: Tensor) -> None:
-        self._weights_B = weights_B
+    @property
+    def metrics(self) -> dict[str, float]:
+        """See Weighting."""
+        return {}
 
     def advance(self, step: int) -> None:
         """See Weighting."""
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See Weighting."""
-        return self._weights_B, self._weights_B
-
     def state_dict(self, step: int) -> State:
         """See Weighting."""
+        del step
         return {}
 
     def load_state_dict(self, step: int, state: State) -> None:
         """See Weighting."""
+
+
+class GivenWeights(Stateless):
+    """Fixed weights of one global batch."""
+
+    statistics: Statistics = "none"
+
+    def __init__(self, weights_B: Tensor) -> None:
+        self._weights_B = weights_B
+
+    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See Weighting."""
+        return self._weights_B, self._weights_B

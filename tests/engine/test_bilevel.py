@@ -27,20 +27,12 @@ from ray_dwm.engine.mesh import all_gather_rows, init_mesh, shard
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.setup import build, check_data, read_plan
 from ray_dwm.engine.step import LowerLevel
+from ray_dwm.engine.weighting import GivenWeights
 from ray_dwm.errors import TrainingError
 from ray_dwm.models.dwm import build_dwm, dwm_shape
 from ray_dwm.models.lm import build_lm, lm_config
 
 STEPS, TARGETS = 4, 8
-
-
-@pytest.fixture(scope="session")
-def masked_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Shards of which a random third of the tokens count."""
-    root = tmp_path_factory.mktemp("masked")
-    for seed, name in enumerate(("train", "target", "held_out"), start=1):
-        make_shards(root / name, good=32, noise=32, seed=seed, masked=True)
-    return {name: root / name for name in ("train", "target", "held_out")}
 
 
 def local(parts: Parts, folder: str, rows: np.ndarray) -> Batch:
@@ -158,7 +150,7 @@ def same_direction(config: RunConfig, tied: bool, recompute: bool, fraction: flo
     rows = torch.arange(1 if fraction < 1 else 0, len(batch), round(1 / fraction))
     theta, ghost = lower.snapshot(), Ghost(lower)
     ghost.watch(rows, u)
-    result = lower.step(0, batch, _Fixed(8, 3, 0.05))  # type: ignore[arg-type]
+    result = lower.step(0, batch, moved(8, 3, 0.05))
     start = torch.distributed.get_rank() * len(batch)
     scale = torch.distributed.get_world_size() * result.weights_B[start + rows]
     problem = Problem(theta, u, batch.rows(rows), result.losses_b[rows], scale, result.tokens_per_sample)
@@ -384,26 +376,19 @@ def brute_force(config: RunConfig) -> torch.Tensor:
         for sign in (1, -1):
             parts = build(config)
             for step in range(STEPS + 1):
-                weigher = _Fixed(config.train.global_batch, index, sign * h if step == STEPS else 0.0)
-                parts.lower.step(step, train_batch(parts, step), weigher)  # type: ignore[arg-type]
+                weigher = moved(config.train.global_batch, index, sign * h if step == STEPS else 0.0)
+                parts.lower.step(step, train_batch(parts, step), weigher)
                 parts.lower.zero_grad()
             pair.append(mean_loss(parts.lower.model, [target_batch(parts)]))
         losses.append((pair[0] - pair[1]) / (2 * h))
     return torch.tensor(losses)
 
 
-class _Fixed:
+def moved(size: int, index: int, h: float) -> GivenWeights:
     """Uniform weights with one moved by h."""
-
-    statistics = "none"
-
-    def __init__(self, size: int, index: int, h: float) -> None:
-        self._weights = torch.full((size,), 1.0 / size)
-        self._weights[index] += h
-
-    def weigh(self, ids: torch.Tensor, statistics: None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The fixed weights."""
-        return self._weights, self._weights
+    weights = torch.full((size,), 1.0 / size)
+    weights[index] += h
+    return GivenWeights(weights)
 
 
 def without_tokens(config: RunConfig) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from gloo import run
-from synthetic import make_shards, tiny_config
+from synthetic import tiny_config
 from test_bilevel import alignments, cosine, train_batch
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
@@ -87,24 +87,15 @@ def sketched(config: RunConfig, tied: bool, recompute: bool, fraction: float) ->
     return all_gather_rows(found), all_gather_rows(expected), share
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Shards of which a random third of the tokens count."""
-    root = tmp_path_factory.mktemp("sketch")
-    for seed, name in enumerate(("train", "target", "held_out"), start=1):
-        make_shards(root / name, good=32, noise=32, seed=seed, masked=True)
-    return {name: root / name for name in ("train", "target", "held_out")}
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("world", "micro", "recompute", "fraction"),
     [(1, 8, False, 1.0), (1, 2, True, 0.5), (2, 4, False, 0.5), (2, 1, True, 1.0)],
 )
 def test_only_what_it_says_is_approximated(
-    data: dict[str, Path], tmp_path: Path, tied: bool, world: int, micro: int, recompute: bool, fraction: float
+    masked_shards: dict[str, Path], tmp_path: Path, tied: bool, world: int, micro: int, recompute: bool, fraction: float
 ) -> None:
-    config = tiny_config(data, tmp_path, f"cluster.workers={world}", f"train.micro_batch={micro}")
+    config = tiny_config(masked_shards, tmp_path, f"cluster.workers={world}", f"train.micro_batch={micro}")
     found, expected, missed = run(world, tmp_path / "p", sketched, config, tied, recompute, fraction)
     assert missed > 0.5, "most of the head's u must be outside of the sketch"
     assert len(found) == round(8 * fraction)
@@ -131,14 +122,18 @@ def spans(config: RunConfig) -> list[float]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_subspaces_are_the_momentums_leading_ones(data: dict[str, Path], tmp_path: Path, world: int) -> None:
-    config = tiny_config(data, tmp_path, f"cluster.workers={world}", "train.micro_batch=4")
+def test_the_subspaces_are_the_momentums_leading_ones(
+    masked_shards: dict[str, Path], tmp_path: Path, world: int
+) -> None:
+    config = tiny_config(masked_shards, tmp_path, f"cluster.workers={world}", "train.micro_batch=4")
     held = run(world, tmp_path / "p", spans, config)
     assert len(held) == 15 and min(held) > 0.9  # random ones would hold a tenth
 
 
 @pytest.mark.parametrize(("rank", "bar"), [(8, 0.95), (16, 0.99)])
-def test_fidelity_at_ranks_below_the_width(data: dict[str, Path], tmp_path: Path, rank: int, bar: float) -> None:
-    exact = run(1, tmp_path / "e", alignments, tiny_config(data, tmp_path, "bilevel.estimator=exact"))
-    sketch = run(1, tmp_path / "s", alignments, tiny_config(data, tmp_path, f"bilevel.rank={rank}"))
+def test_fidelity_at_ranks_below_the_width(
+    masked_shards: dict[str, Path], tmp_path: Path, rank: int, bar: float
+) -> None:
+    exact = run(1, tmp_path / "e", alignments, tiny_config(masked_shards, tmp_path, "bilevel.estimator=exact"))
+    sketch = run(1, tmp_path / "s", alignments, tiny_config(masked_shards, tmp_path, f"bilevel.rank={rank}"))
     assert cosine(sketch["values"], exact["values"]) >= bar
