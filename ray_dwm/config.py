@@ -25,6 +25,7 @@ from ray_dwm.sections import (
     DataConfig,
     DwmConfig,
     LmConfig,
+    ParallelConfig,
     PrepareConfig,
     TrackingConfig,
     TrainConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "DataConfig",
     "DwmConfig",
     "LmConfig",
+    "ParallelConfig",
     "PrepareConfig",
     "RunConfig",
     "TrackingConfig",
@@ -65,6 +67,7 @@ class RunConfig:
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     dwm: DwmConfig = field(default_factory=DwmConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

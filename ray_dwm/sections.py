@@ -73,7 +73,8 @@ class LmConfig:
     preset: str = "quickstart"
     seq_len: int = 0
     """Tokens of each training sequence that are used; 0 means the shards' sequence length."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math", "eager"] = "auto"
+    """The kernel of scaled_dot_product_attention; auto: the fastest that the device has; eager: none, step by step."""
 
     def __post_init__(self) -> None:
         require(
@@ -108,10 +109,15 @@ class TrainConfig:
     eval_every: int = 100
     eval_sequences: int = 256
     """Sequences of each evaluation set used for the curves; summary.json has the loss over all."""
+    profile: bool = False
+    """Write a trace of torch.profiler of profile_steps steps, from step profile_first on, to the run folder."""
+    profile_first: int = 10
+    profile_steps: int = 3
 
     def __post_init__(self) -> None:
         positive("train", self, "steps", "global_batch", "micro_batch", "lr", "eps", "eval_every", "eval_sequences")
-        not_negative("train", self, "clip_norm", "weight_decay", "warmup_steps")
+        positive("train", self, "profile_steps")
+        not_negative("train", self, "clip_norm", "weight_decay", "warmup_steps", "profile_first")
         below_one("train", self, "beta1", "beta2", "momentum")
         for name in ("min_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
@@ -287,6 +293,27 @@ class BilevelConfig:
 
 
 @frozen
+class ParallelConfig:
+    """How the LM is laid out over the workers and their memory; none of it changes what is computed, but for rounding."""
+
+    shard: int = 0
+    """Workers that share one copy of the LM (FSDP); a divisor of cluster.workers gives several copies (HSDP); 0: all."""
+    reshard_after_forward: bool = True
+    """Gather each block's parameters again for the backward, instead of holding them from the forward on."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again: nothing; all but matrix products and attention; every block from its input."""
+    compile: bool = False
+    """torch.compile for every block and the loss."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer in the host's memory; not for a run that learns a DWM."""
+    loss_chunk: int = 0
+    """Tokens of a micro-batch whose logits are held at a time, and computed again in the backward; 0: all at once."""
+
+    def __post_init__(self) -> None:
+        not_negative("parallel", self, "shard", "loss_chunk")
+
+
+@frozen
 class ClusterConfig:
     """What the run asks of Ray."""
 
@@ -312,9 +339,15 @@ class CheckpointConfig:
 
     every: int = 500
     keep: int = 2
+    """The newest checkpoints that stay."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0: none."""
+    asynchronous: bool = True
+    """Write beside training, from a copy in the host's memory."""
 
     def __post_init__(self) -> None:
         positive("checkpoint", self, "every", "keep")
+        not_negative("checkpoint", self, "keep_every")
 
 
 @frozen

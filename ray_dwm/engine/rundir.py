@@ -17,7 +17,8 @@ from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, User
 
 # What may differ when a run is resumed: where and on what it runs, not what it computes.
 _DATA = "data.json"
-_FREE = ("storage", "cluster", "tracking", "prepare", "checkpoint")
+_FREE = ("storage", "cluster", "parallel", "tracking", "prepare", "checkpoint")
+_FREE_KEYS = ("train.micro_batch", "train.profile", "train.profile_first", "train.profile_steps")
 
 
 def check(config: RunConfig) -> None:
@@ -31,7 +32,8 @@ def check(config: RunConfig) -> None:
     if path.is_file():
         before, now = _flat(_stored(path)), _flat(to_dict(config))
         for key in sorted(before.keys() | now.keys()):
-            if key.split(".")[0] not in _FREE and before.get(key) != now.get(key):
+            free = key.split(".")[0] in _FREE or key in _FREE_KEYS
+            if not free and before.get(key) != now.get(key):
                 raise ConfigError(
                     f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
                     "choose another name=..., or remove the folder"

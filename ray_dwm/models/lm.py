@@ -56,7 +56,7 @@ def lm_shape(preset: str) -> LmShape:
 
 
 def lm_config(
-    preset: str, *, vocab_size: int, seq_len: int, eos_token_id: int | None = None, attention: str = "sdpa"
+    preset: str, *, vocab_size: int, seq_len: int, eos_token_id: int | None = None, attention: str = "auto"
 ) -> LlamaConfig:
     """The transformers configuration of a preset."""
     shape = lm_shape(preset)
@@ -75,7 +75,7 @@ def lm_config(
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=None,
-        attn_implementation=attention,
+        attn_implementation="eager" if attention == "eager" else "sdpa",
     )
 
 
