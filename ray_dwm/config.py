@@ -80,7 +80,18 @@ class RunConfig:
         self.local_batch("train.global_batch", self.train.global_batch)
         if self.target_draw is not None:
             self.local_batch(*self.target_draw)
+        shard = self.parallel.shard
+        require(
+            shard == 0 or self.cluster.workers % shard == 0,
+            f"parallel.shard is {shard}, which does not divide cluster.workers = {self.cluster.workers}: use a "
+            "divisor, or 0 for all workers",
+        )
         if self.learns_dwm:
+            require(
+                not self.parallel.cpu_offload,
+                "parallel.cpu_offload keeps the parameters away from where a DWM is learnt: set it to false and shard "
+                "over more workers, or set weighting.method=uniform or dwm.mode=frozen",
+            )
             self._check_fraction()
             self._check_estimator()
             self._check_targets()

@@ -294,10 +294,10 @@ class BilevelConfig:
 
 @frozen
 class ParallelConfig:
-    """How the LM is laid out over the workers and their memory; none of it changes what is computed, but for rounding."""
+    """How the LM is laid out over workers and memory; none of it changes what is computed, but for rounding."""
 
     shard: int = 0
-    """Workers that share one copy of the LM (FSDP); a divisor of cluster.workers gives several copies (HSDP); 0: all."""
+    """Workers that share one copy of the LM (FSDP); a divisor of cluster.workers gives several copies (HSDP); 0: all"""
     reshard_after_forward: bool = True
     """Gather each block's parameters again for the backward, instead of holding them from the forward on."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.reweighting import anchor_alignment, annealed_r, joint_update_aware_weights, loss_based_weights
@@ -18,6 +17,7 @@ from ray_dwm.engine.learner import State
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
 from ray_dwm.engine.step import losses_and_statistics
 from ray_dwm.engine.weighting import Stateless, Statistics
+from ray_dwm.models.lm import Lm
 
 
 class LossWeighting(Stateless):
@@ -56,9 +56,7 @@ class JointUpdateAwareWeighting(Stateless):
 
     statistics: Statistics = "embedding"
 
-    def __init__(
-        self, config: RunConfig, model: LlamaForCausalLM, target: ShardReader, seq_len: int, device: torch.device
-    ) -> None:
+    def __init__(self, config: RunConfig, model: Lm, target: ShardReader, seq_len: int, device: torch.device) -> None:
         self._config, self._model, self._target = config, model, target
         self._seq_len, self._device = seq_len, device
         self._anchor_D = torch.zeros(model.config.hidden_size, device=device)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ray_dwm.config import BilevelConfig
 from ray_dwm.core.hypergradient import adamw_gain, adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
@@ -29,7 +29,7 @@ from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import synchronize
 from ray_dwm.engine.contraction import Estimator, FiniteDifference, Oracle, Problem, Shards, shards_of
 from ray_dwm.engine.ghost import Ghost
-from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard, shards_dot, shards_norm
+from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard
 from ray_dwm.engine.sketch import GhostLowRank
 from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.target import TargetGradient, Targets
@@ -185,7 +185,7 @@ class BilevelStep:
         if coefficient == 1.0:
             return u
         # With g_c = k g, <g, x> g = <g_c, x> g_c / k^2: the unclipped gradient need not be made again.
-        dot = shards_dot(clipped, u) / coefficient**2
+        dot = self._lower.layout.dot(clipped, u) / coefficient**2
         for index, g in enumerate(clipped):
             u[index] = clip_transpose(u[index], g, dot, norm, max_norm)
         return u
@@ -206,7 +206,7 @@ class BilevelStep:
         return adamw_gain(square, int(state["step"]), config.beta1, config.beta2, config.eps)
 
     def _require_finite(self, u: Shards, result: StepResult) -> None:
-        norm = shards_norm(u)
+        norm = self._lower.layout.norm(u)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the target set's gradient is not finite ({norm}) after a step of learning rate {result.lr:g}: "
@@ -218,7 +218,7 @@ class BilevelStep:
         figures = {}
         for name, v in self.target.by_set.items():
             scaled = [self._jacobian(p, g) * x for p, g, x in zip(self._parameters, clipped, v, strict=True)]
-            figures[f"bilevel/alignment/{name}"] = -result.lr * shards_dot(scaled, clipped)
+            figures[f"bilevel/alignment/{name}"] = -result.lr * self._lower.layout.dot(scaled, clipped)
         return figures
 
     def _fidelity(self, begun: _Begun, dots_c: Tensor, clipped: Shards, batch: Batch, result: StepResult) -> float:
@@ -265,11 +265,11 @@ def centred_cosine(left: Tensor, right: Tensor) -> float:
 
 def _require_plain_sharding(parameters: list[Tensor]) -> None:
     for p in parameters:
-        placed_by_rows = not isinstance(p, DTensor) or p.placements == (Shard(0),)
-        if not placed_by_rows or p.dtype != torch.float32:
+        by_rows = not isinstance(p, DTensor) or p.placements in ((Shard(0),), (Replicate(), Shard(0)))
+        if not by_rows or p.dtype != torch.float32:
             raise ConfigError(
-                f"the bi-level step knows fp32 parameters sharded by rows over all ranks, not {p.dtype} with "
-                f"{getattr(p, 'placements', 'no placement')}: use a mesh of one dimension and fp32 master parameters"
+                f"the bi-level step knows fp32 parameters sharded by rows, not {p.dtype} with "
+                f"{getattr(p, 'placements', 'no placement')}: use FSDP or HSDP with fp32 master parameters"
             )
 
 

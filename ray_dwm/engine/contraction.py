@@ -20,9 +20,9 @@ from transformers import LlamaForCausalLM
 
 from ray_dwm.config import BilevelConfig
 from ray_dwm.core import estimators
-from ray_dwm.core.losses import sample_losses
+from ray_dwm.core.losses import sample_losses, token_losses
 from ray_dwm.engine.batch import Batch
-from ray_dwm.engine.mesh import shard, shards_norm
+from ray_dwm.engine.mesh import shard
 from ray_dwm.engine.step import LowerLevel, batch_losses
 
 Shards = list[Tensor]
@@ -90,7 +90,7 @@ class FiniteDifference:
 
     def contract(self, problem: Problem) -> Tensor:
         """See Estimator."""
-        norm = shards_norm(problem.direction)
+        norm = self._lower.layout.norm(problem.direction)
         if norm == 0.0:
             return torch.zeros_like(problem.losses_c)
         moved = self._lower.snapshot()
@@ -139,7 +139,7 @@ class Oracle:
             inputs = {"input_ids": batch.input_ids}
             named = dict(zip(names, values, strict=True))
             logits = torch.func.functional_call(twin, named, (), inputs, tie_weights=True).logits
-            return sample_losses(logits, batch.input_ids, batch.mask, problem.tokens)
+            return sample_losses(token_losses(logits, batch.input_ids), batch.mask, problem.tokens)
 
         with sdpa_kernel(SDPBackend.MATH):
             return self._rule(losses, theta, u).detach()

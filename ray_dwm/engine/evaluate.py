@@ -9,13 +9,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from transformers import LlamaForCausalLM
 
-from ray_dwm.core.losses import token_losses
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.engine.batch import Batch, to_batch
 from ray_dwm.engine.mesh import all_sum
 from ray_dwm.errors import TrainingError
+from ray_dwm.models.lm import Lm
 
 
 def spread_rows(reader: ShardReader, sequences: int) -> NDArray[np.int64]:
@@ -46,7 +45,7 @@ def stream(
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
+def mean_loss(model: Lm, batches: Iterable[Batch]) -> float:
     """Cross-entropy in nats per counted token over all ranks' batches.
 
     Raises:
@@ -54,7 +53,7 @@ def mean_loss(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
     """
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        losses = token_losses(model(input_ids=batch.input_ids).logits, batch.input_ids) * batch.mask
+        losses = model(batch.input_ids).losses_bT * batch.mask
         totals = totals.to(losses.device) + torch.stack([losses.sum().double(), batch.mask.sum().double()])
     nats, tokens = all_sum(totals).tolist()
     if tokens == 0:

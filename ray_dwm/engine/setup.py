@@ -12,6 +12,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import ShardReader, open_shards
+from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
@@ -150,7 +151,8 @@ def build(
 ) -> Parts:
     """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
     train = check_data(config)
-    mesh = init_mesh()
+    mesh = init_mesh(config.parallel.shard)
+    allow_kernels(config.lm.attention)
     place, tokens = device(), seq_len(config, train)
     llama = lm_config(
         config.lm.preset,
@@ -159,8 +161,8 @@ def build(
         eos_token_id=train.eos_token_id,
         attention=config.lm.attention,
     )
-    model = parallelize(build_lm(llama, config.seed), mesh, config.train.precision)
-    lower = LowerLevel(model, config.train, config.train.steps)
+    model = build_lm(llama, config.seed, config.parallel.loss_chunk)
+    lower = LowerLevel(parallelize(model, mesh, config.train.precision, config.parallel), mesh, config.train)
     targets = {name: open_shards(folder) for name, folder in target_sets(config).items()}
     weighting: Weighting | None = None
     if config.weighting.method == "dwm" and config.dwm.mode != "learn":

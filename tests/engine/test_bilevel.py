@@ -136,10 +136,12 @@ def same_direction(config: RunConfig, tied: bool, recompute: bool, fraction: flo
     """(ghost, exact) for one random u that reaches every parameter, over the contracted sequences of all ranks."""
     shape = lm_config("tiny", vocab_size=64, seq_len=16)
     shape.tie_word_embeddings = tied
-    model = parallelize(build_lm(shape, seed=0), init_mesh(), config.train.precision)
+    mesh = init_mesh(config.parallel.shard)
+    model = build_lm(shape, seed=0, loss_chunk=config.parallel.loss_chunk)
+    model = parallelize(model, mesh, config.train.precision, config.parallel)
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lower = LowerLevel(model, config.train, config.train.steps)
+    lower = LowerLevel(model, mesh, config.train)
     generator = torch.Generator().manual_seed(7)
     parts = build(config)  # for its data
     whole_u = [torch.randn(p.shape, generator=generator) for p in lower.parameters]
@@ -252,8 +254,7 @@ def plain_alignments(config: RunConfig, norm: float) -> Tensor:
         losses = []
         for row in range(len(batch)):
             one = batch.rows(torch.tensor([row]))
-            logits = lower.model(input_ids=one.input_ids).logits[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, one.input_ids[0, 1:], reduction="sum"))
+            losses.append(lower.model(one.input_ids).losses_bT.sum())
         (torch.stack(losses).sum() / (15 * len(batch))).backward()
         grads = torch.cat([shard(p.grad).flatten() for p in lower.parameters])
         lower.zero_grad()
