@@ -80,6 +80,10 @@ class RunConfig:
         self.local_batch("train.global_batch", self.train.global_batch)
         if self.target_draw is not None:
             self.local_batch(*self.target_draw)
+        require(
+            not self.train.profile or self.train.profile_first < self.train.steps,
+            f"train.profile_first is {self.train.profile_first}, but the run has {self.train.steps} steps: lower it",
+        )
         shard = self.parallel.shard
         require(
             shard == 0 or self.cluster.workers % shard == 0,

@@ -25,6 +25,7 @@ from ray_dwm.engine.clock import Clock, overhead
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
 from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
+from ray_dwm.engine.profiling import StepProfiler
 from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.upper import UpperLevel
 from ray_dwm.engine.weigher import Weigher
@@ -76,7 +77,7 @@ class Trainer:
         self._checkpointer = Checkpointer(
             run_dir / "checkpoints", parts.config.checkpoint.keep, parts.lower, parts.weighting, self._upper
         )
-        self._clock = Clock()
+        self._clock, self._profiler = Clock(), StepProfiler(parts.config)
         self._main = dist.get_rank() == 0
         self._alarmed = False
 
@@ -93,6 +94,7 @@ class Trainer:
             batches = map(self._batch, self._parts.source.stream(cursor.batches, config.train.steps))
             upcoming: Batch | None = None
             while step < config.train.steps:
+                self._profiler.before(step)
                 with self._clock.phase("data"):
                     batch = upcoming or next(batches)
                     cursor = Cursor(cursor.batches + 1)
@@ -110,6 +112,7 @@ class Trainer:
             exit_code = 0
             return figures
         finally:
+            self._profiler.close(step)
             for sink in self._sinks:
                 sink.close(exit_code)
 
@@ -132,8 +135,6 @@ class Trainer:
                 upper.begin(step, batch)
         with clock.phase("step"):
             result = self._lower.step(step, batch, self._weighting)
-        if self._weighting is not None:
-            clock.move("step", "weigh", result.weigh_s)
         if upper is not None and due:
             clock.move("step", "bilevel", upper.watch_seconds)
             with clock.phase("bilevel"):
@@ -153,10 +154,15 @@ class Trainer:
 
     def _figures(self, step: int, batch: Batch, result: StepResult) -> dict[str, float]:
         """A step's line of metrics.jsonl."""
+        loss_sum = float(all_sum(result.losses_b.double().sum()))  # first: it waits for the device
+        parts = {name: watch.seconds for name, watch in result.times.items()}
+        if self._weighting is not None:
+            self._clock.move("step", "weigh", parts.pop("weigh"))
+        if self._upper is not None and self._clock.exact:
+            parts["backward"] -= self._upper.watch_seconds
         seconds = self._clock.take()
         tokens = self._config.train.global_batch * self._parts.seq_len
         total = sum(seconds.values())
-        loss_sum = float(all_sum(result.losses_b.double().sum()))
         figures = {
             "step": step,
             "tokens": step * tokens,
@@ -165,6 +171,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "tokens_per_s": tokens / total,
             **{f"seconds/{name}": value for name, value in seconds.items()},
+            **{f"step_seconds/{name}": parts[name] for name in ("forward", "backward", "optimizer")},
         }
         if self._weighting is not None and result.scores_B is not None:
             figures |= self._weight_figures(step, batch, result, seconds)

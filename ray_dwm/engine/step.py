@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +39,21 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     lr: float
-    weigh_s: float
-    """Duration of the weighing, with the forwards that only it needed."""
+    times: Mapping[str, Stopwatch]
+    """By part: `weigh`, with the forwards that only it needed, `forward`, `backward`, and `optimizer` with clipping."""
 
 
 def build_optimizer(model: Lm, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices only."""
+    """AdamW as one kernel or SGD (for which DTensors have none) as few; weight decay on matrices only."""
     parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def tokens_per_sample(batch: Batch, global_batch: int) -> float:
@@ -104,7 +105,6 @@ class LowerLevel:
         self.model, self.layout, self.config = model, Layout(mesh), config
         self.optimizer = build_optimizer(model, config)
         self.parameters = list(model.parameters())
-        self._weighing = Stopwatch()
 
     def lr(self, step: int) -> float:
         """Learning rate of LM step `step` (from 0)."""
@@ -128,28 +128,33 @@ class LowerLevel:
         tokens = tokens_per_sample(batch, self.config.global_batch)
         # A single micro-batch is weighed between its forward and its backward: its statistics cost nothing.
         statistics = weighting.statistics if weighting is not None else "none"
-        first = losses_and_statistics(self.model, micro[0], tokens, statistics) if len(micro) == 1 else None
-        self._weighing.reset()
-        with self._weighing.passage():
+        times = {part: Stopwatch() for part in ("weigh", "forward", "backward", "optimizer")}
+        first = None
+        if len(micro) == 1:
+            with times["forward"].passage():
+                first = losses_and_statistics(self.model, micro[0], tokens, statistics)
+        with times["weigh"].passage():
             statistics_bS = first[1] if first is not None else self._statistics(micro, tokens, statistics)
             scores_B, weights_B = self._weights(batch, weighting, statistics_bS)
         start = dist.get_rank() * len(batch)
         weights_b = weights_B[start : start + len(batch)]
         losses = []
         for index, part in enumerate(micro):
-            losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)
+            with times["forward"].passage():
+                losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)
             offset = index * self.config.micro_batch
             # FSDP averages gradients over ranks; times W, the average is the weighted sum.
             objective = dist.get_world_size() * torch.dot(weights_b[offset : offset + len(part)], losses_m)
-            objective.backward()
+            with times["backward"].passage():
+                objective.backward()
             losses.append(losses_m.detach())
-        norm = self._clip(step)
         lr = self.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        weigh_s = self._weighing.seconds
-        return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr, weigh_s)
+        with times["optimizer"].passage():
+            norm = self._clip(step)
+            self.optimizer.step()
+        return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr, times)
 
     @torch.no_grad()
     def _statistics(self, micro: list[Batch], tokens: float, statistics: Statistics) -> Tensor | None:

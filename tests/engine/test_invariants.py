@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from gloo import run
 from synthetic import tiny_config
+from transformers import LlamaForCausalLM
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
@@ -18,7 +19,7 @@ from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build, check_data, read_plan
 from ray_dwm.models.lm import build_lm, lm_config
 
-TIMES = ("seconds/", "bilevel_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
+TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
 
 
 def train(config: RunConfig, stop_at: int = 0) -> dict[str, Any]:
@@ -58,11 +59,12 @@ def plain_training(config: RunConfig) -> list[torch.Tensor]:
     """An independent few-line loop: the token mean of each global batch, clip, AdamW. No DWM, no FSDP."""
     manifest = check_data(config)
     llama = lm_config(config.lm.preset, vocab_size=manifest.vocab_size, seq_len=16, eos_token_id=0)
-    model, c = build_lm(llama, config.seed), config.train
+    model, c = LlamaForCausalLM(llama), config.train
+    model.load_state_dict(build_lm(llama, config.seed).state_dict())
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
     plan, reader = read_plan(config, manifest), open_shards(config.data.train)
     for step in range(c.steps):
         ids = torch.from_numpy(reader.take(plan.rows(step)).input_ids)
