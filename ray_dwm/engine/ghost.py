@@ -97,10 +97,11 @@ class Watcher:
         self._places_k = inside.nonzero().squeeze(1)
         self._wanted_k = self._rows_c[self._places_k] - self._seen
         self._seen += size
-        self._expected += len(self._owners) if len(self._wanted_k) else 0
+        # Also where none is wanted: another rank may want one, and a rule may be collective.
+        self._expected += len(self._owners)
 
     def _tap(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled() or len(self._wanted_k) == 0:
+        if not torch.is_grad_enabled():
             return None
         wanted_k, places_k = self._wanted_k, self._places_k
 

@@ -18,7 +18,7 @@ from ray_dwm.core.losses import sample_losses, sample_statistics
 from ray_dwm.core.schedules import lr_factor
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import Stopwatch
-from ray_dwm.engine.mesh import all_sum, shard
+from ray_dwm.engine.mesh import all_sum, own_rows, shard
 from ray_dwm.engine.weighting import Statistics, Weighting
 from ray_dwm.errors import TrainingError
 
@@ -132,8 +132,7 @@ class LowerLevel:
         with self._weighing.passage():
             statistics_bS = first[1] if first is not None else self._statistics(micro, tokens, statistics)
             scores_B, weights_B = self._weights(batch, weighting, statistics_bS)
-        start = dist.get_rank() * len(batch)
-        weights_b = weights_B[start : start + len(batch)]
+        weights_b = own_rows(weights_B, len(batch))
         losses = []
         for index, part in enumerate(micro):
             losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)
