@@ -188,9 +188,7 @@ class Weigher:
         self._apply(version)
 
 
-def batch_scores(
-    model: DataWeightingModel, input_ids_bT: Tensor, statistics_bS: Tensor | None, size: int
-) -> Tensor:
+def batch_scores(model: DataWeightingModel, input_ids_bT: Tensor, statistics_bS: Tensor | None, size: int) -> Tensor:
     """Scores of the global batch, (size,): every rank encodes its own sequences, the joint head sees all of them."""
     encoded_BE = all_gather_rows(model.encode(input_ids_bT))[:size]
     statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)[:size]

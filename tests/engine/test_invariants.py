@@ -112,15 +112,15 @@ def test_world_and_accumulation_do_not_change_the_run(
     [
         ["bilevel.estimator=ghost_lowrank"],
         ["bilevel.estimator=central", "bilevel.epsilon=0.1", "train.micro_batch=2"],
-        ["bilevel.fraction=0.5", "dwm.lm_features=true", "train.micro_batch=2", "dwm.look_ahead=false"],
+        ["bilevel.fraction=0.5", "dwm.lm_features=true", "train.micro_batch=2"],
     ],
 )
 def test_a_world_that_does_not_divide_the_batch_does_not_change_the_run(
     shards: dict[str, Path], tmp_path: Path, options: list[str]
 ) -> None:
     """Three ranks of 3 + 3 + 2 sequences, and target batches of 10; the last rank's padding must leave no trace."""
-    base = ["dwm.lr=1e-2", "bilevel.kl=0.3", "train.steps=8", "bilevel.every=1", "bilevel.target_batch=10"]
-    base += ["train.optimizer=adamw", "train.eps=1e-4"]  # Adam amplifies rounding of small gradients
+    base = ["bilevel.kl=0.3", "train.steps=8", "bilevel.every=1", "bilevel.target_batch=10"]
+    base += ["train.eps=1e-4"]  # Adam amplifies rounding of small gradients; the DWM's still does
     found = {}
     for world in (1, 3):
         config = tiny_config(shards, tmp_path / str(world), *base, *options)
@@ -130,15 +130,16 @@ def test_a_world_that_does_not_divide_the_batch_does_not_change_the_run(
     assert len(one["lines"]) == len(three["lines"]) == 9
     for left, right in zip(one["lines"], three["lines"], strict=True):
         assert left.keys() == right.keys()
-        for key in left.keys() & {"loss", "val/target/loss", "val/test/loss", "dwm/ess", "weight/good", "weight/noise"}:
+        for key in left.keys() & {"loss", "val/target/loss", "val/test/loss"}:
             assert left[key] == pytest.approx(right[key], rel=1e-5), key
-        for key in left.keys() & {"dwm/hypergrad_norm", "dwm/alignment_scale", "bilevel/predicted_change"}:
-            assert left[key] == pytest.approx(right[key], rel=5e-3), key
-    assert one["lines"][-1]["dwm/ess"] < 7.99, "the DWM must have learnt something"
+        for key in left.keys() & {"dwm/alignment_scale", "dwm/fidelity", "bilevel/predicted_change"}:
+            assert left[key] == pytest.approx(right[key], rel=1e-4), key
+    assert one["lines"][-1]["dwm/ess"] < 7.5, "the DWM must have learnt something"
     for name in ("step", "sample_id", "domain"):
         assert one["weights"][name].equals(three["weights"][name])
-    for name in ("loss", "score", "weight"):
-        torch.testing.assert_close(*(torch.tensor(found[w]["weights"][name].to_pylist()) for w in (1, 3)), rtol=1e-4, atol=1e-4)
+    for name, tolerance in (("loss", 1e-4), ("weight", 2e-2)):
+        columns = (torch.tensor(found[world]["weights"][name].to_pylist()) for world in (1, 3))
+        torch.testing.assert_close(*columns, rtol=0, atol=tolerance)
     assert distance(one["theta"], three["theta"]) < 1e-3
 
 
