@@ -164,7 +164,7 @@ def engine(bilevel: BilevelConfig | None, problem: Problem) -> Contender:
         if upper is not None:
             upper.begin(problem.warm_steps, 0, batch, {"target": target})
         result = lower.step(problem.warm_steps, batch, weighting)
-        found = result.losses_b if upper is None else upper.finish(batch, result).alignments_c
+        found = result.losses_b if upper is None else upper.finish(batch, result).alignments_C
         lower.zero_grad()
         return found
 

@@ -102,10 +102,11 @@ class Watcher:
         self._seen += size
         self._tokens = dict.fromkeys(map(id, self._owners), 0)
         chunks = -(-tokens // self._model.chunk(size, tokens))
-        self._expected += len(self._owners) - 1 + chunks if len(self._wanted_k) else 0
+        # Also where none is wanted: another rank may want one, and a rule may be collective.
+        self._expected += len(self._owners) - 1 + chunks
 
     def _tap(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled() or len(self._wanted_k) == 0:
+        if not torch.is_grad_enabled():
             return None
         wanted_k, places_k, start = self._wanted_k, self._places_k, self._tokens[id(module)]
         # Where the backward calls the module again, it is the first call's node that sees the gradient.

@@ -117,7 +117,7 @@ class Trainer:
                 sink.close(exit_code)
 
     def _batch(self, rows: Rows) -> Batch:
-        return to_batch(rows, self._parts.seq_len, self._parts.device)
+        return to_batch(rows, self._config.train.global_batch, self._parts.seq_len, self._parts.device)
 
     def _train_step(self, step: int, batch: Batch, upcoming: Batch | None) -> StepResult:
         """One LM step and, where it is due, the bi-level step around it; `upcoming` is weighed beside it."""
@@ -187,8 +187,8 @@ class Trainer:
             self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
             self._alarm(step, float(normalised_entropy(weights_B)))
         keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
-        losses_B = all_gather_rows(result.losses_b)
-        ids, codes = keys_B2.T.tolist()
+        losses_B = all_gather_rows(result.losses_b)[:size]
+        ids, codes = keys_B2[:size].T.tolist()
         relative = (weights_B * size).tolist()
         if self._main and step % self._config.tracking.weights_every == 0:
             self._weights_log.add(step, ids, codes, losses_B.tolist(), result.scores_B.tolist(), relative)

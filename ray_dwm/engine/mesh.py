@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -104,13 +105,23 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 def all_gather_rows(local: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order; every rank brings the same number."""
+    """Rows of all ranks, in rank order; every rank brings the same number.
+
+    Of a batch's shares, `[:B]` are the B sequences and the rest is padding.
+    """
     world = dist.get_world_size()
     if world == 1:
         return local
     gathered = [torch.empty_like(local) for _ in range(world)]
     dist.all_gather(gathered, local.contiguous())
     return torch.cat(gathered)
+
+
+def own_rows(values_B: Tensor, share: int) -> Tensor:
+    """This rank's share of what is known of a whole batch, (share,); 0 where the share is padded."""
+    padded = F.pad(values_B, (0, share * dist.get_world_size() - len(values_B)))
+    start = dist.get_rank() * share
+    return padded[start : start + share]
 
 
 def shard(tensor: Tensor) -> Tensor:

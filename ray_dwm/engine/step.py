@@ -19,7 +19,7 @@ from ray_dwm.core.losses import sample_losses, sample_means
 from ray_dwm.core.schedules import lr_factor
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import Stopwatch
-from ray_dwm.engine.mesh import Layout, all_sum, shard
+from ray_dwm.engine.mesh import Layout, all_sum, own_rows, shard
 from ray_dwm.engine.weighting import Statistics, Weighting
 from ray_dwm.errors import TrainingError
 from ray_dwm.models.lm import Lm, LmOutput
@@ -136,8 +136,7 @@ class LowerLevel:
         with times["weigh"].passage():
             statistics_bS = first[1] if first is not None else self._statistics(micro, tokens, statistics)
             scores_B, weights_B = self._weights(batch, weighting, statistics_bS)
-        start = dist.get_rank() * len(batch)
-        weights_b = weights_B[start : start + len(batch)]
+        weights_b = own_rows(weights_B, len(batch))
         losses = []
         for index, part in enumerate(micro):
             with times["forward"].passage():

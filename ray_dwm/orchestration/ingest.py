@@ -17,7 +17,7 @@ import ray.data
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from ray_dwm.data.plan import ReadPlan
+from ray_dwm.data.plan import ReadPlan, share_positions
 from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.errors import DataError
 from ray_dwm.orchestration.cluster import quiet_ray_data
@@ -31,7 +31,7 @@ class RankDatasource(Datasource):
 
     def __init__(self, folder: str, plan: ReadPlan, rank: int, world: int, first: int, stop: int) -> None:
         self._read = partial(_read, folder, plan, rank, world)
-        self._share = plan.global_batch // world
+        self._share = len(share_positions(plan.global_batch, rank, world))
         self._row_bytes = open_shards(folder).manifest.seq_len * 2 + 24
         self._first, self._stop = first, stop
 
@@ -104,7 +104,7 @@ class RayDataSource:
         tasks = len(source.get_read_tasks(1))
         # Reading is I/O beside the workers' computing: a sliver of a logical CPU, so that it always finds room.
         dataset = ray.data.read_datasource(source, override_num_blocks=tasks, ray_remote_args={"num_cpus": 0.01})
-        share = self._plan.global_batch // self._world
+        share = len(share_positions(self._plan.global_batch, self._rank, self._world))
         tables = dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=self._prefetch)
         for batch, table in zip(range(first_batch, stop_batch), tables, strict=True):
             numbers = table.column("batch").to_numpy()

@@ -86,7 +86,9 @@ def _trainer(config: RunConfig) -> TorchTrainer:
         train_loop_config={"config": to_dict(config)},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=cluster.workers if cluster.elastic else cluster.most_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         # The same name again resumes: never a dated one.
         run_config=ray.train.RunConfig(
