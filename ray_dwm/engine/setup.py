@@ -15,6 +15,7 @@ from ray_dwm.data.shards import ShardReader, open_shards
 from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
+from ray_dwm.engine.identity import run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
 from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.mesh import device, init_mesh
@@ -148,6 +149,8 @@ def build(
     sinks: list[MetricSink] | None = None,
     on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None,
     on_version: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    preempted: Callable[[], bool] | None = None,
 ) -> Parts:
     """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
     train = check_data(config)
@@ -186,7 +189,11 @@ def build(
         evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
         domains=train.domain_names,
         weighting=weighting,
+        identity=run_identity(config, train),
+        mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
         sinks=sinks or [],
         on_checkpoint=on_checkpoint,
         on_version=on_version,
+        should_stop=should_stop,
+        preempted=preempted,
     )
