@@ -15,7 +15,8 @@ from ray_dwm.data.shards import ShardReader, open_shards
 from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
-from ray_dwm.engine.identity import run_identity
+from ray_dwm.engine.checkpoint import list_checkpoints
+from ray_dwm.engine.identity import difference, foreign, run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
 from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.mesh import device, init_mesh
@@ -77,6 +78,17 @@ def check_data(config: RunConfig) -> Manifest:
         )
     _check_given_dwm(config, train)
     return train
+
+
+def check_checkpoint(config: RunConfig, train: Manifest) -> None:
+    """Compare the newest checkpoint of the run folder, if there is one, with the run, before anything starts.
+
+    Raises:
+        ConfigError: it is of another model, tokenizer, optimizer or weighting.
+    """
+    for newest in list_checkpoints(config.run_dir / "checkpoints")[-1:]:
+        if (reason := difference(newest, run_identity(config, train))) is not None:
+            raise foreign(newest, reason)
 
 
 def _check_given_dwm(config: RunConfig, train: Manifest) -> None:
