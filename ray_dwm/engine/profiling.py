@@ -18,22 +18,24 @@ class StepProfiler:
         self._wanted = train.profile and dist.get_rank() == 0
         self._folder = config.run_dir / "profile"
         self._running: profile | None = None
+        self._last = 0
 
     def before(self, step: int) -> None:
         """Start or end before LM step `step` (from 0)."""
+        if step == self._stop:
+            self.close()
         if self._wanted and step == self._first:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._running = profile(activities=activities, profile_memory=True, record_shapes=True)
             self._running.start()
-        elif step == self._stop:
-            self.close(step)
+        self._last = step
 
-    def close(self, step: int) -> None:
-        """Write what has been traced, if anything, up to LM step `step`."""
+    def close(self) -> None:
+        """Write what has been traced, if anything."""
         if self._running is None:
             return
         self._running.stop()
         self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"steps-{self._first:09d}-{step - 1:09d}.json.gz"
+        path = self._folder / f"steps-{self._first:09d}-{self._last:09d}.json.gz"
         self._running.export_chrome_trace(str(path))
         self._running = None

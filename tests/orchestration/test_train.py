@@ -129,6 +129,25 @@ def test_kill_9_leaves_no_trace(
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
 
 
+def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
+    undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path
+) -> None:
+    config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped")
+    process = console.start(config)
+    path = config.run_dir / "metrics.jsonl"
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    process.send_signal(signal.SIGTERM)
+    last = console.finish(config, process, code=1).splitlines()[-1]
+    step = len(path.read_text().splitlines()) - 1
+    assert last == f"error: [stopped] stopped at step {step}: checkpoint saved, the same command continues"
+    assert step < 60, "the run was over before the signal"
+    assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
+    wait_for(lambda: not processes("ray::RayTrainWorker"), 30, "the end of the workers")
+    console.finish(config, console.start(config))
+    assert figures(config) == figures(undisturbed)
+    assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
+
+
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """`ray job submit` with the source tree as working folder."""
     ray = str(Path(sys.executable).with_name("ray"))
