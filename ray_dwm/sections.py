@@ -334,7 +334,7 @@ class ClusterConfig:
         require(self.least_workers > 0, f"cluster.workers is {self.least_workers}: it must be greater than 0")
         require(
             self.least_workers <= self.most_workers,
-            f"cluster.workers is [{self.least_workers}, {self.most_workers}]: the least comes first",
+            f"cluster.workers is [{self.least_workers}, {self.most_workers}]: the first number is the least of them",
         )
         not_negative("cluster", self, "gpus_per_worker", "dwm_cpus", "dwm_gpus")
         for name in ("cpus_per_worker", "gpus_per_worker"):

@@ -104,3 +104,16 @@ def test_what_the_method_decides(overrides: list[str], draw: tuple[str, int] | N
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ConfigError("a line")))
     assert (type(error), str(error), error.exit_code) == (ConfigError, "a line", 2)
+
+
+@pytest.mark.parametrize("size", ["370m", "1.3b"])
+def test_recipes_have_30_billion_tokens_and_both_schedules(size: str) -> None:
+    """Half a million to a million tokens a batch, the budget met to a batch, every N steps or in five stages."""
+    every_n = load([ROOT / "configs" / f"{size}.yaml"])
+    tokens = every_n.train.global_batch * every_n.prepare.seq_len
+    assert 0.5e6 <= tokens <= 1.05e6
+    assert 0 <= every_n.train.steps * tokens - 30e9 < tokens
+    assert (every_n.bilevel.every, every_n.bilevel.stages) == (10, 0)
+    staged = load([ROOT / "configs" / f"{size}.yaml", ROOT / "configs" / "5-stages.yaml"])
+    assert staged.bilevel.stages == 5
+    assert staged.train == every_n.train
