@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ray_dwm.core.accounting import llama_parameters, train_flops_per_token
+from ray_dwm.core.accounting import Llama
 from ray_dwm.core.losses import cross_entropy, entropy, next_tokens
 from ray_dwm.errors import ConfigError
 
@@ -159,10 +159,10 @@ def build_lm(config: LlamaConfig, seed: int, loss_chunk: int = 0) -> Lm:
     return lm
 
 
-def parameter_count(preset: str, vocab_size: int) -> int:
-    """Parameters of a preset, by formula."""
+def llama(preset: str, vocab_size: int) -> Llama:
+    """A preset as the numbers that say what it costs."""
     shape = lm_shape(preset)
-    return llama_parameters(
+    return Llama(
         vocab=vocab_size,
         width=shape.width,
         layers=shape.layers,
@@ -173,13 +173,11 @@ def parameter_count(preset: str, vocab_size: int) -> int:
     )
 
 
+def parameter_count(preset: str, vocab_size: int) -> int:
+    """Parameters of a preset, by formula."""
+    return llama(preset, vocab_size).parameters
+
+
 def flops_per_token(preset: str, vocab_size: int, seq_len: int) -> int:
     """Training FLOPs per token of a preset."""
-    shape = lm_shape(preset)
-    return train_flops_per_token(
-        parameters=parameter_count(preset, vocab_size),
-        embedding_parameters=0 if shape.tied else vocab_size * shape.width,
-        layers=shape.layers,
-        width=shape.width,
-        seq_len=seq_len,
-    )
+    return llama(preset, vocab_size).flops_per_token(seq_len)
