@@ -15,6 +15,9 @@ STATED = {
     ("quickstart", 8192): 1_229_664,
     ("370m", 32_000): 373_867_520,
     ("1.3b", 32_000): 1_345_423_360,
+    ("7b", 32_000): 6_738_415_616,
+    ("13b", 32_000): 13_015_864_320,
+    ("70b", 32_000): 68_976_648_192,
 }
 
 
@@ -60,8 +63,8 @@ def test_the_same_seed_gives_the_same_lm() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 30m, 370m, 1\.3b"):
-        lm_config("70b", vocab_size=10, seq_len=4)
+    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 30m, 370m, 1\.3b, 7b, 13b, 70b$"):
+        lm_config("405b", vocab_size=10, seq_len=4)
 
 
 @pytest.mark.parametrize(("loss_chunk", "chunk"), [(0, 13), (6, 2), (3, 1), (1, 1), (21, 7), (10**6, 13)])
