@@ -73,3 +73,22 @@ def gpu(name: str) -> Gpu:
     if name not in GPUS:
         raise ConfigError(f"--gpu is {name!r}: it must be one of {', '.join(GPUS)}")
     return GPUS[name]
+
+
+_NAMES = {
+    "a100-40g": ("a100", "40gb"),
+    "a100": ("a100",),
+    "h100-pcie": ("h100", "pcie"),
+    "h100": ("h100",),
+    "h200": ("h200",),
+    "b200": ("b200",),
+    "l40s": ("l40s",),
+    "rtx4090": ("rtx 4090",),
+}
+"""Parts of what NVIDIA's driver calls them, the more particular first."""
+
+
+def recognise(device_name: str) -> Gpu | None:
+    """The kind of GPU that a driver means, as in `NVIDIA H100 80GB HBM3`; None where it is none of these."""
+    lower = device_name.lower()
+    return next((GPUS[name] for name, parts in _NAMES.items() if all(part in lower for part in parts)), None)
