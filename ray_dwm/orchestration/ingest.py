@@ -103,7 +103,7 @@ class RayDataSource:
         source = RankDatasource(self._folder, self._plan, self._rank, self._world, first_batch, stop_batch)
         tasks = len(source.get_read_tasks(1))
         # Reading is I/O beside the workers' computing: a sliver of a logical CPU, so that it always finds room.
-        dataset = ray.data.read_datasource(source, override_num_blocks=tasks, ray_remote_args={"num_cpus": 0.01})
+        dataset = ray.data.read_datasource(source, override_num_blocks=tasks, ray_remote_args={"num_cpus": 0})
         share = len(share_positions(self._plan.global_batch, self._rank, self._world))
         tables = dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=self._prefetch)
         for batch, table in zip(range(first_batch, stop_batch), tables, strict=True):

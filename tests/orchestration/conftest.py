@@ -57,6 +57,11 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
         time.sleep(0.05)
 
 
+def processes(title: str) -> list[psutil.Process]:
+    """Ray processes whose title names a class."""
+    return [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
+
+
 class Console:
     """`ray-dwm` in a process of its own."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import ROOT, Console, wait_for
+from orchestration.conftest import ROOT, Console, processes, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -99,11 +99,6 @@ def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
     steps = [line["step"] for line in figures(config)]
     assert f"step_{steps[-1]:09d}" in [path.name for path in (config.run_dir / "checkpoints").iterdir()]
     assert not (config.run_dir / "summary.json").exists()
-
-
-def processes(title: str) -> list[psutil.Process]:
-    """Ray processes whose title names a class."""
-    return [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
 
 
 @pytest.mark.parametrize(

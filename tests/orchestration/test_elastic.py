@@ -1,0 +1,63 @@
+"""An elastic worker group on two real nodes, of which one is lost: the run ends on the other as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from gloo import run
+from orchestration.conftest import Console, processes, wait_for
+from ray.cluster_utils import Cluster
+from synthetic import tiny_config
+
+from ray_dwm.config import RunConfig
+from ray_dwm.data.records import read_metrics
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.setup import build
+
+STEPS = 100
+OPTIONS = ("cluster.workers=1,2", f"train.steps={STEPS}", "train.global_batch=9", "checkpoint.every=10")
+# What amplifies rounding is kept small: Adam where gradients are, and the DWM's.
+OPTIONS += ("bilevel.estimator=central", "bilevel.epsilon=0.1", "train.eps=1e-4", "dwm.lr=3e-4", "bilevel.every=5")
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Cluster]:
+    """A cluster of two nodes of one logical CPU: room for a worker each, and none that is left over."""
+    node = {"num_cpus": 1, "object_store_memory": 150_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    yield cluster
+    cluster.shutdown()
+
+
+def undisturbed(config: RunConfig) -> list[float]:
+    """Losses of the run in one process, without Ray."""
+    config.run_dir.mkdir(parents=True)
+    Trainer(build(config)).fit()
+    return losses(config)
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [line["loss"] for line in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_lost_node_leaves_the_run_to_the_other(shards: dict[str, Path], two_nodes: Cluster, tmp_path: Path) -> None:
+    config = tiny_config(shards, tmp_path, *OPTIONS, "name=shrinks")
+    console = Console({**os.environ, "RAY_ADDRESS": two_nodes.address}, tmp_path)
+    process = console.start(config)
+    path = config.run_dir / "metrics.jsonl"
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    assert len(processes("ray::RayTrainWorker")) == 2
+    two_nodes.remove_node(two_nodes.list_all_nodes()[-1], allow_graceful=False)
+    assert len(path.read_text().splitlines()) < STEPS, "the run was over before its node was lost"
+    assert "starting 1 to 2 workers" in console.finish(config, process)
+    assert json.loads((config.run_dir / "summary.json").read_text())["workers"] == 1
+    weights = pq.read_table(config.run_dir / "weights")
+    assert weights["step"].to_pylist() == [step for step in range(1, STEPS + 1) for _ in range(9)]
+    alone = run(1, tmp_path / "p", undisturbed, tiny_config(shards, tmp_path, *OPTIONS, "name=undisturbed"))
+    assert losses(config) == pytest.approx(alone, abs=1e-5)
