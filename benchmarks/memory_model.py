@@ -82,7 +82,7 @@ def compare(config: RunConfig) -> dict[str, float]:
     """MiB predicted and measured, and their ratios."""
     # Read by glibc when a process starts: what is freed goes back at once, else the resident set is no measure of tensors.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    measured = run_ranks(warm_peaks, config.cluster.workers, config)
+    measured = run_ranks(warm_peaks, config.cluster.most_workers, config)
     planned = job(config)
     assert planned.upper is not None
     steps = {"plain": plain_peak(planned), "bilevel": upper_peak(planned, config.bilevel.fidelity_every > 0)}

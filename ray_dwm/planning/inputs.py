@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +30,18 @@ class Job:
     """What no file and no option says."""
 
     @property
+    def workers(self) -> int:
+        """Ranks; of an elastic group, the most."""
+        return self.config.cluster.most_workers
+
+    @property
     def layout(self) -> Layout:
         """How the LM lies on a rank."""
         c, p = self.config, self.config.parallel
         sgd = 1 if c.train.momentum else 0
         return Layout(
             compute=_BYTES[c.train.precision],
-            shard=p.shard or c.cluster.workers,
+            shard=p.shard or self.workers,
             reshard=p.reshard_after_forward,
             checkpointing=p.activation_checkpointing,
             loss_chunk=p.loss_chunk,
@@ -45,8 +51,8 @@ class Job:
 
     @property
     def local_batch(self) -> int:
-        """Sequences of a worker in a step."""
-        return self.config.train.global_batch // self.config.cluster.workers
+        """Sequences of a worker in a step, padding included."""
+        return -(-self.config.train.global_batch // self.workers)
 
     @property
     def micro_batch(self) -> MicroBatch:
@@ -57,7 +63,7 @@ class Job:
     @property
     def micro_batches(self) -> int:
         """Of a worker in a step."""
-        return self.local_batch // self.micro_batch.sequences
+        return -(-self.local_batch // self.micro_batch.sequences)
 
     @property
     def upper(self) -> Upper | None:
@@ -69,8 +75,8 @@ class Job:
         return Upper(
             estimator=b.estimator,
             rank=b.rank,
-            contracted=round(self.local_batch * b.fraction),
-            targets=b.target_batch // sets // c.cluster.workers,
+            contracted=math.ceil(self.local_batch * b.fraction),
+            targets=math.ceil(b.target_batch / sets / self.workers),
             sets=sets,
             at_theta=b.target_at == "theta",
             reuse=b.reuse > 1,
