@@ -3,8 +3,8 @@
     python benchmarks/memory_model.py
 
 Every case has processes of its own: gloo ranks on the CPU, where the resident set is measured, or one process with
-CUDA, where the allocator's peak is. They first take the same steps with a tiny LM: what libraries then hold is no part of
-what is measured, and `FRAMEWORK` of core/memory.py, which stands for that, no part of what is predicted.
+CUDA, where the allocator's peak is. They first take the same steps with a tiny LM: what libraries then hold is no part
+of what is measured, and `FRAMEWORK` of core/memory.py, which stands for that, no part of what is predicted.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def warm_peaks(config: RunConfig) -> dict[str, int]:
 
 def compare(config: RunConfig) -> dict[str, float]:
     """MiB predicted and measured, and their ratios."""
-    # Read by glibc when a process starts: what is freed goes back at once, else the resident set is no measure of tensors.
+    # Read by glibc when a process starts: what is freed goes back at once, or a resident set is no measure of tensors.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     measured = run_ranks(warm_peaks, config.cluster.most_workers, config)
     planned = job(config)
@@ -119,7 +119,8 @@ def main() -> None:
         for label, config in found.items():
             start = time.perf_counter()
             result[label] = compare(config)
-            print(f"{label}: {result[label]['plain_ratio']:.3f}, {result[label]['bilevel_ratio']:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+            row, seconds = result[label], time.perf_counter() - start
+            print(f"{label}: {row['plain_ratio']:.3f}, {row['bilevel_ratio']:.3f} ({seconds:.0f} s)", flush=True)
         report(result)
         print(f"written to {write_result('memory_model', args, next(iter(found.values())), result)}")
 

@@ -14,7 +14,7 @@ h = heads, V = vocabulary. Everything is per token.
 | attention's result (the input of o), log-sum-exp | attention | ed + 4h |
 | gate, SiLU(gate), up, their product (the input of down) | SiLU, product, Linear | 4em |
 
-Outside the blocks: the final norm (4d + 4 + ed), the head's input (ed), and of the loss the fp32 log-probabilities (4V).
+Outside the blocks: the final norm (4d + 4 + ed), the head's input (ed), and the loss's fp32 log-probabilities (4V).
 The residual stream itself is saved by nobody where e = 2; RoPE's sines and cosines are shared by all sequences.
 Attention is a fused kernel (flash, cuDNN, or the CPU's): it saves no scores.
 """

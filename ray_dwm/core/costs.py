@@ -14,7 +14,7 @@ from ray_dwm.core.accounting import Llama
 from ray_dwm.core.activations import FP32
 from ray_dwm.core.hardware import Gpu
 from ray_dwm.core.memory import Layout
-from ray_dwm.core.traffic import Links, lm_traffic
+from ray_dwm.core.traffic import Links, gather
 from ray_dwm.core.upper_memory import Upper, matrices
 
 DIRECTION_PASSES = 45
@@ -91,23 +91,35 @@ def pass_time(
 ) -> StepTime:
     """Of forward and backward of so many micro-batches of `tokens` tokens each on every rank.
 
-    Blocks' gathers hide behind the forward; gathers and reductions, which share the link, behind the backward. The
-    first gathers and the root's reduction have nothing to hide behind.
+    A block has collectives of its own, and so has the root. Blocks' gathers hide behind the forward; gathers and
+    reductions, which share the link, behind the backward. The first gathers and the root's reduction have nothing to
+    hide behind.
     """
     links = Links.of(speed.gpu, layout, copies)
     compute = tokens * llama.flops_per_token(seq_len) / speed.flops
     again = again_seconds(llama, layout, speed, tokens, seq_len)
     block, root = llama.block_parameters, llama.root_parameters
-    parts = llama.parameters
-    sent = links.seconds(lm_traffic(llama, layout, copies, 1))
-    block_gather = links.seconds(lm_traffic(llama, layout, copies, 1, backward=False))["all-gather"] / parts * block
-    reduction = sent["reduce-scatter"] + sent["all-reduce"]
-    first = block_gather * (root / block + 1)
-    last = reduction * root / parts
-    forward = (llama.layers - 1) * block_gather
-    backward = (llama.layers * block_gather if layout.reshard else 0) + reduction - last
+    first = gather_seconds(layout, links, root) + gather_seconds(layout, links, block)
+    forward = (llama.layers - 1) * gather_seconds(layout, links, block)
+    backward = llama.layers * reduction_seconds(layout, copies, links, block)
+    if layout.reshard:
+        backward += llama.layers * gather_seconds(layout, links, block)
+    last = reduction_seconds(layout, copies, links, root)
     exposed = first + last + max(0.0, forward - compute / 3) + max(0.0, backward - (2 / 3 * compute + again))
-    return StepTime(passes * compute, passes * again, passes * sum(sent.values()), passes * exposed)
+    sent = first + forward + backward + last
+    return StepTime(passes * compute, passes * again, passes * sent, passes * exposed)
+
+
+def gather_seconds(layout: Layout, links: Links, parameters: int) -> float:
+    """To gather so many parameters over the ranks of a copy."""
+    return gather(layout.compute * parameters, layout.shard) / links.shard + links.shard_latency
+
+
+def reduction_seconds(layout: Layout, copies: int, links: Links, parameters: int) -> float:
+    """To scatter the sums of so many gradients over the ranks of a copy, and to sum each part over the copies."""
+    within = gather(FP32 * parameters, layout.shard) / links.shard + links.shard_latency
+    between = gather(FP32 * parameters / layout.shard, copies) / links.copies + links.copies_latency
+    return within + 2 * between
 
 
 def offload_seconds(llama: Llama, layout: Layout, speed: Speed, passes: int) -> float:

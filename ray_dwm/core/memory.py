@@ -8,7 +8,7 @@ number in the compute dtype, p a block's and r the root's parameters (embedding,
 |---|---|---|
 | root, gathered | er | from its forward to the end of the backward: a root does not reshard |
 | a block, gathered | ep | in its forward and its backward; all of them from the forward on without resharding |
-| what the gather writes to | ep | the next block's beside a block's backward, the last one's after the forward; one rank: none |
+| what the gather writes to | ep | the next block's in a block's backward, the last one's in the loss; one rank: none |
 | a block's gradients before they are reduced | ep | until their copy for the reduction is made |
 | that copy, in fp32 | 4p | until the next block's is made |
 | root's gradients, and their copy | er, 4r | the head's from the loss on; both at the end of the backward |
@@ -116,13 +116,17 @@ def pass_phases(llama: Llama, layout: Layout, micro: MicroBatch) -> list[Phase]:
 
 
 def forward_phase(llama: Llama, layout: Layout, micro: MicroBatch) -> Phase:
-    """A forward without a graph, beside what rests: three of the MLP's tensors and three of the width, or the logits."""
+    """A forward without a graph, beside what rests: three tensors of the MLP and three of the width, or the logits."""
     e, p = layout.compute, llama.block_parameters
     gathered = e * (llama.root_parameters + (p if layout.reshard else llama.layers * p))
     inside = micro.tokens * 3 * e * (llama.mlp_width + llama.width)
     loss = micro.tokens * e * llama.width + _held(layout, micro) * act.logits_forward(llama, e)
     ahead = e * p if layout.shard > 1 else 0
-    return resting(llama, layout, gradients=False).named("forward").plus(gathered=gathered + ahead, logits=max(inside, loss))
+    return (
+        resting(llama, layout, gradients=False)
+        .named("forward")
+        .plus(gathered=gathered + ahead, logits=max(inside, loss))
+    )
 
 
 def _loss_phases(llama: Llama, layout: Layout, micro: MicroBatch) -> list[Phase]:

@@ -1,9 +1,9 @@
 """Bytes that a rank sends in a step, by kind, and the bandwidth they meet.
 
 A ring of n ranks sends (n - 1) / n of a tensor from each of them to gather or to scatter it, and twice that to sum it
-everywhere (Thakur, Rabenseifner and Gropp 2005); NCCL and gloo do so for large tensors. FSDP2 gathers the root once and
-every block once or, where it reshards, twice in a micro-batch, in the compute dtype; it scatters gradients in fp32 after
-every micro-batch, and with several copies of the LM (HSDP) sums the shards' gradients over the copies.
+everywhere (Thakur, Rabenseifner and Gropp 2005); NCCL and gloo do so for large tensors. In a micro-batch FSDP2 gathers
+the root once and every block once or, where it reshards, twice, in the compute dtype; it scatters gradients in fp32
+after every micro-batch, and with several copies of the LM (HSDP) sums the shards' gradients over the copies.
 Legend: S = ranks that share a copy, R = copies, e = bytes of a number in the compute dtype.
 """
 
@@ -28,7 +28,7 @@ Traffic = dict[str, float]
 
 
 def gather(total: float, ranks: int) -> float:
-    """Bytes that a rank sends so that all have `total` bytes, of which each holds a part; the same to reduce-scatter."""
+    """Bytes that a rank sends so that all have `total` bytes, of which each holds a part; as many to reduce-scatter."""
     return total * (ranks - 1) / ranks
 
 
@@ -38,7 +38,7 @@ def lm_traffic(llama: Llama, layout: Layout, copies: int, passes: float, backwar
     Args:
         copies: R.
         passes: micro-batches.
-        backward: whether they have one; without, nothing is reduced, and what does not reshard is gathered once for all.
+        backward: whether they have one; else nothing is reduced, and what does not reshard is gathered once for all.
     """
     blocks, root = llama.layers * llama.block_parameters, llama.root_parameters
     if backward:
@@ -96,23 +96,36 @@ def bus(gpu: Gpu, ranks: int, per_node: int) -> float:
     return EFFICIENCY * rate
 
 
+BASE, HOP_LINK, HOP_NETWORK = 8.4e-6, 3.4e-6, 14e-6
+"""Seconds of a ring that carries nothing: once, for each rank within a node, for each node (NCCL's own model, `Simple`
+protocol on NVLink and InfiniBand, src/graph/tuning.cc)."""
+
+
+def latency(ranks: int, per_node: int) -> float:
+    """Seconds that a ring of so many ranks takes with nothing to send; 0 where there is nobody to send to."""
+    nodes = -(-ranks // per_node)
+    return BASE + (ranks - nodes) * HOP_LINK + (nodes - 1) * HOP_NETWORK if ranks > 1 else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Bytes/s within a copy of the LM, between the copies, and over all ranks."""
+    """Bytes/s within a copy of the LM, between the copies, and over all ranks; seconds before a first byte arrives."""
 
     shard: float
     copies: float
     all: float
+    shard_latency: float
+    copies_latency: float
 
     @staticmethod
     def of(gpu: Gpu, layout: Layout, copies: int) -> Links:
         """A copy lies on neighbours by rank, so nodes are filled with copies where S is small."""
         node, s = gpu.per_node, layout.shard
-        return Links(
-            bus(gpu, s, min(s, node)), bus(gpu, copies, max(1, node // s)), bus(gpu, s * copies, min(s * copies, node))
-        )
+        near, far, every = min(s, node), max(1, node // s), min(s * copies, node)
+        rates = bus(gpu, s, near), bus(gpu, copies, far), bus(gpu, s * copies, every)
+        return Links(*rates, latency(s, near), latency(copies, far))
 
     def seconds(self, traffic: Traffic) -> dict[str, float]:
-        """Kind -> time at the link's rate, one kind after the other."""
+        """Kind -> time at the link's rate."""
         rates = {"all-gather": self.shard, "reduce-scatter": self.shard, "all-reduce": self.copies, "DWM": self.all}
         return {kind: sent / rates[kind] for kind, sent in traffic.items()}

@@ -68,7 +68,8 @@ def upper_phases(llama: Llama, layout: Layout, micro: MicroBatch, upper: Upper, 
         taps=upper.estimator in GHOSTS,
     )
     found = [_begin(llama, layout, upper).plus(bilevel=before)]
-    found += [x.plus(bilevel=before + sketches + _matrix(llama, layout, upper)) for x in pass_phases(llama, layout, watched)]
+    during = before + sketches + _matrix(llama, layout, upper)
+    found += [x.plus(bilevel=during) for x in pass_phases(llama, layout, watched)]
     after = kept + copy + sketches  # the step's clipped gradient
     found += _target(llama, layout, micro, upper, after)
     rest = resting(llama, layout, gradients=False)
@@ -109,13 +110,11 @@ def _target(llama: Llama, layout: Layout, micro: MicroBatch, upper: Upper, held:
     sequences = min(upper.targets, micro.sequences)
     own = MicroBatch(sequences=sequences, seq_len=micro.seq_len, first=upper.targets <= sequences)
     earlier = (upper.sets - 1) * shard_copy(llama, layout)
-    return [
-        x.named(f"target: {x.name}").plus(bilevel=held + earlier) for x in pass_phases(llama, layout, own)
-    ]
+    return [x.named(f"target: {x.name}").plus(bilevel=held + earlier) for x in pass_phases(llama, layout, own)]
 
 
 def _contraction(llama: Llama, layout: Layout, micro: MicroBatch, upper: Upper) -> Phase:
-    """Beyond the direction: theta' and the values written for a finite difference; u's largest matrices for a sketch."""
+    """Beyond the direction: theta' and what is written for a finite difference; u's largest matrices for a sketch."""
     rest = resting(llama, layout, gradients=False).named("contraction")
     if upper.estimator in FINITE_DIFFERENCES:
         forward = forward_phase(llama, layout, micro).named("contraction")

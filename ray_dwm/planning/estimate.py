@@ -119,7 +119,11 @@ def estimate(job: Job, speed: Speed) -> Estimate:
     micro, passes = job.micro_batch, job.micro_batches
     step = pass_time(job.llama, job.layout, copies, speed, passes, micro.tokens, job.seq_len)
     step = StepTime(
-        step.compute, step.again, step.communication, step.exposed, offload_seconds(job.llama, job.layout, speed, passes)
+        step.compute,
+        step.again,
+        step.communication,
+        step.exposed,
+        offload_seconds(job.llama, job.layout, speed, passes),
     )
     traffic = lm_traffic(job.llama, job.layout, copies, passes)
     weigh = _weigh(job, speed)

@@ -65,8 +65,7 @@ def predicted_traffic(config: RunConfig) -> Traffic:
     """Bytes that each rank of a configured run sends in a mean step, by kind; the same on GPUs and on gloo ranks.
 
     all-gather and reduce-scatter: FSDP2's, and the upper level's gathers of u; all-reduce: gradients over the copies of
-    the LM and the upper level's bases; DWM: encodings, token ids and alignments. Sums of single numbers (counted tokens,
-    norms, losses) are left out. At one rank all are 0. The hardware does not matter: a GPU is named because an estimate
-    needs one.
+    the LM and the upper level's bases; DWM: encodings, token ids and alignments. Sums of single numbers (counted
+    tokens, norms) are left out. At one rank all are 0. A GPU is named because an estimate needs one; none matters here.
     """
     return estimate(job(config), Speed(gpu=gpu("h100"), bf16=config.train.precision == "bf16", mfu=0.4)).traffic

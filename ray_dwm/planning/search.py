@@ -54,8 +54,8 @@ def search(job: Job, speed: Speed) -> Found:
 def candidates(job: Job, offload: bool) -> Iterator[Job]:
     """The run in every layout that its configuration allows."""
     config = job.config
-    # Micro-batches smaller than a chunk make it pointless; those that do not divide leave a small one at the end.
-    for shard in [1] if job.workers == 1 else divisors(job.workers):
+    # A chunk that is no smaller than a micro-batch is none.
+    for shard in divisors(job.workers):
         for checkpointing in CHECKPOINTING:
             for reshard in (True, False) if shard > 1 else (True,):
                 for micro in divisors(job.local_batch):
@@ -69,7 +69,9 @@ def candidates(job: Job, offload: bool) -> Iterator[Job]:
                             cpu_offload=offload,
                         )
                         train = dataclasses.replace(config.train, micro_batch=micro)
-                        yield dataclasses.replace(job, config=dataclasses.replace(config, parallel=parallel, train=train))
+                        yield dataclasses.replace(
+                            job, config=dataclasses.replace(config, parallel=parallel, train=train)
+                        )
 
 
 def overrides(found: Estimate) -> str:
@@ -121,7 +123,7 @@ def nothing_fits(job: Job, speed: Speed, name: str, found: Found) -> ResourceErr
         helps.append(f"lm.seq_len={half.seq_len}")
     if job.config.learns_dwm:
         helps += _without_upper(job, speed)
-    remedy = f"these would: {', '.join(helps)}" if helps else "it needs several of: more GPUs, larger ones, a smaller LM"
+    remedy = f"these would do: {', '.join(helps)}" if helps else "it needs more GPUs and larger ones, or a smaller LM"
     layout = overrides(lean).split(" cluster.")[0]
     return ResourceError(
         f"{job.config.lm.preset} does not fit {job.workers} {name}: the leanest layout ({layout}) needs "

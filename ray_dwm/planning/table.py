@@ -32,9 +32,14 @@ def show(plan: Plan) -> None:
     for name in ("as configured", "cheapest that fits"):
         table.add_column(name, justify="right")
     both = (plan.configured, plan.best)
-    sections = ("memory of a GPU, GiB", _memory), ("time, ms", _time), ("a GPU sends in a step, GB (ms)", _traffic), (
-        "the run",
-        _totals,
+    sections = (
+        ("memory of a GPU, GiB", _memory),
+        ("time, ms", _time),
+        ("a GPU sends in a step, GB (ms)", _traffic),
+        (
+            "the run",
+            _totals,
+        ),
     )
     for title, rows in sections:
         table.add_section()

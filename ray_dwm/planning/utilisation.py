@@ -1,4 +1,4 @@
-"""The MFU that a plan assumes where nobody says: published figures, for want of measurements of this package on GPUs."""
+"""The MFU that a plan assumes where nobody says: published figures, for want of our own on GPUs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _AMPERE = "below TinyLlama's 59 % (1.1B at 24,100 tokens/s on an A100, with fuse
 def default_mfu(gpu: str, llama: Llama, compiled: bool, bf16: bool) -> tuple[float, str]:
     """(MFU, where it is from): what kernels reach with nothing computed twice and communication hidden.
 
-    torchtitan's table has 33 % without torch.compile and 39 % with it. On an A100, whose peak is a third and whose memory
-    nearly two thirds as fast, published figures are higher: 50 %, and 42 % in the same proportion. picotron's README has
-    about 50 % for SmolLM-1.7B on eight H100s, which is not counted on. Matrices narrower than 2048 fill a GPU less:
-    four fifths for a width of 1024 (a guess), three tenths below (a guess). fp32, outside the tensor cores: 60 % (a guess).
+    torchtitan's table has 33 % without torch.compile and 39 % with it. On an A100, whose peak is a third and whose
+    memory nearly two thirds as fast, published figures are higher: 50 %, and 42 % in the same proportion. picotron's
+    README has about 50 % for SmolLM-1.7B on eight H100s, which is not counted on. Three guesses: matrices narrower than
+    2048 fill a GPU less, a width of 1024 to four fifths, less to three tenths; fp32, outside the tensor cores, 60 %.
     """
     if not bf16:
         return 0.6, "assumed for fp32 outside the tensor cores"
