@@ -83,7 +83,7 @@ def upper_traffic(
         found["all-gather"] += gather(2 * FP32 * llama.vocab * llama.width, s)  # u of embedding and head
     else:
         found["all-gather"] += gather(2 * FP32 * llama.parameters, s)
-    found["DWM"] = gather(batch * (8 * seq_len + 3 * 8), workers)  # token ids, alignments and their places
+    found["DWM"] = gather(batch * (8 * seq_len + FP32 + 8), workers)  # token ids, alignments, their places
     return found
 
 
