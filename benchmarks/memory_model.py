@@ -36,10 +36,14 @@ CASES: dict[str, list[str]] = {
     "chunks": ["parallel.loss_chunk=256"],
     "full, chunks": ["parallel.activation_checkpointing=full", "parallel.loss_chunk=256"],
     "no reshard": ["parallel.reshard_after_forward=false"],
+    "copies": ["parallel.shard=1"],
     "half as long": ["lm.seq_len=SEQ/2"],
+    "few tokens": ["lm.seq_len=SEQ/16"],
+    "small LM": ["lm.preset=quickstart"],
     "accumulated": ["train.micro_batch=MICRO/2"],
     "central": ["bilevel.estimator=central"],
     "ghost": ["bilevel.estimator=ghost", "bilevel.target_at=theta"],
+    "reuse": ["bilevel.reuse=2"],
     "audited": ["bilevel.fidelity_every=1"],
     "other precision": ["train.precision=OTHER"],
 }
@@ -50,12 +54,15 @@ def configs(args: argparse.Namespace, folder: Path) -> dict[str, RunConfig]:
     """The cases that are asked for, with one worker and, on the CPU, with two: the global batch grows with them."""
     filled = {
         "SEQ/2": str(args.seq_len // 2),
+        "SEQ/16": str(args.seq_len // 16),
         "MICRO/2": str(args.micro_batch // 2),
         "OTHER": "fp32" if args.precision == "bf16" else "bf16",
     }
     found = {}
     for world in (1,) if torch.cuda.is_available() else (1, 2):
         for name in args.cases:
+            if name == "copies" and world == 1:
+                continue
             overrides = [o.replace(key, value) for o in CASES[name] for key, value in filled.items() if key in o]
             overrides += [o for o in CASES[name] if not any(key in o for key in filled)]
             batch = args.global_batch * world
@@ -66,6 +73,7 @@ def configs(args: argparse.Namespace, folder: Path) -> dict[str, RunConfig]:
                 f"train.micro_batch={args.micro_batch}",
                 f"bilevel.target_batch={args.target_batch * world}",
                 f"cluster.workers={world}",
+                f"cluster.gpus_per_worker={int(torch.cuda.is_available())}",
                 *overrides,
             )
     return found
@@ -85,7 +93,10 @@ def compare(config: RunConfig) -> dict[str, float]:
     measured = run_ranks(warm_peaks, config.cluster.most_workers, config)
     planned = job(config)
     assert planned.upper is not None
-    steps = {"plain": plain_peak(planned), "bilevel": upper_peak(planned, config.bilevel.fidelity_every > 0)}
+    # Without an actor, parameters, gradients and moments of the DWM that learns are in this process's memory.
+    learner = 0 if torch.cuda.is_available() else 4 * 4 * planned.dwm_parameters
+    bilevel = upper_peak(planned, config.bilevel.fidelity_every > 0).plus(bilevel=learner)
+    steps = {"plain": plain_peak(planned), "bilevel": bilevel}
     row: dict[str, Any] = {"seq_len": planned.seq_len, "precision": config.train.precision}
     for step, phase in steps.items():
         seen = measured[step] - measured["before"]

@@ -11,6 +11,7 @@ number in the compute dtype, p a block's and r the root's parameters (embedding,
 | what the gather writes to | ep | the next block's in a block's backward, the last one's in the loss; one rank: none |
 | a block's gradients before they are reduced | ep | until their copy for the reduction is made |
 | that copy, in fp32 | 4p | until the next block's is made |
+| what a reduction makes of it | 4p / shards | it becomes the gradient, or is added to it |
 | root's gradients, and their copy | er, 4r | the head's from the loss on; both at the end of the backward |
 
 Parts of tensors that do not divide into equal shards are not rounded up. The optimizer is fused: it holds nothing more.
@@ -45,6 +46,8 @@ class Layout:
     """Numbers that the optimizer keeps for each parameter: 2 for AdamW, 1 for momentum, 0 for plain SGD."""
     offload: bool = False
     """Shards of parameters, gradients and optimizer are in the host's memory."""
+    gloo: bool = False
+    """Collectives are gloo's, which gathers by way of a copy, and scatters sums by summing a copy everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,9 +164,12 @@ def _block_phases(llama: Llama, layout: Layout, micro: MicroBatch) -> list[Phase
         reduction = base.plus(
             activations=micro.tokens * (e * d - _kept(llama, layout, micro)),
             gathered=ahead - (0 if layout.reshard else e * p),
-            reduction=head + e * p + FP32 * p + FP32 * p / layout.shard,
+            reduction=head + _reduction(layout, p),
         )
         found += [mlp.named(name), reduction.named(f"{name}, reduction")]
+        if layout.gloo and ahead:
+            gathers = base.plus(gathered=3 * e * p, reduction=head + (FP32 * p if done else 0))
+            found.append(gathers.named(f"{name}, gather"))
     return found
 
 
@@ -174,8 +180,16 @@ def _root_phases(llama: Llama, layout: Layout, micro: MicroBatch) -> list[Phase]
     # The gradient of a shared embedding comes twice, from the head and from the look-up, and is then added.
     twice = e * llama.vocab * llama.width if llama.tied else 0
     whole = base.plus(activations=states, reduction=e * r + twice + FP32 * llama.block_parameters)
-    reduction = base.plus(gathered=-e * r, reduction=e * r + FP32 * r + FP32 * r / layout.shard)
+    # torch's loop over the gradients leaves its variable behind, which holds the last one: the head's.
+    last = e * llama.vocab * llama.width if layout.shard > 1 and not llama.tied else 0
+    reduction = base.plus(gathered=-e * r, reduction=_reduction(layout, r, last))
     return [whole.named("embedding, backward"), reduction.named("root, reduction")]
+
+
+def _reduction(layout: Layout, parameters: int, left: int = 0) -> float:
+    """The gradients' fp32 copy, and beside it first the gradients themselves, then what is `left` and what is made."""
+    summed = FP32 * parameters if layout.gloo and layout.shard > 1 else 0
+    return FP32 * parameters + max(layout.compute * parameters, left + FP32 * parameters / layout.shard + summed)
 
 
 def _in_pass(llama: Llama, layout: Layout, micro: MicroBatch, done: int) -> Phase:

@@ -1,7 +1,8 @@
 """Bytes that a rank sends in a step, by kind, and the bandwidth they meet.
 
 A ring of n ranks sends (n - 1) / n of a tensor from each of them to gather or to scatter it, and twice that to sum it
-everywhere (Thakur, Rabenseifner and Gropp 2005); NCCL and gloo do so for large tensors. In a micro-batch FSDP2 gathers
+everywhere (Thakur, Rabenseifner and Gropp 2005); NCCL and gloo do so for large tensors, but torch's gloo sums everywhere
+where it should scatter (`ProcessGroupGloo.cpp`), which is twice as much. In a micro-batch FSDP2 gathers
 the root once and every block once or, where it reshards, twice, in the compute dtype; it scatters gradients in fp32
 after every micro-batch, and with several copies of the LM (HSDP) sums the shards' gradients over the copies.
 Legend: S = ranks that share a copy, R = copies, e = bytes of a number in the compute dtype.
@@ -48,7 +49,7 @@ def lm_traffic(llama: Llama, layout: Layout, copies: int, passes: float, backwar
     scattered = FP32 * llama.parameters * passes if backward else 0
     return {
         "all-gather": gather(layout.compute * whole, layout.shard),
-        "reduce-scatter": gather(scattered, layout.shard),
+        "reduce-scatter": (2 if layout.gloo else 1) * gather(scattered, layout.shard),
         "all-reduce": 2 * gather(scattered / layout.shard, copies),
     }
 

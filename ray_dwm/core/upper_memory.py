@@ -120,7 +120,7 @@ def _contraction(llama: Llama, layout: Layout, micro: MicroBatch, upper: Upper) 
         forward = forward_phase(llama, layout, micro).named("contraction")
         return forward.plus(bilevel=2 * shard_copy(llama, layout))
     if upper.estimator == "ghost_lowrank":
-        return rest.plus(bilevel=2 * FP32 * llama.vocab * llama.width)
+        return rest.plus(bilevel=(3 if layout.gloo else 2) * FP32 * llama.vocab * llama.width)
     if upper.estimator in ORACLES:
         # Roughly: theta, u and a twin, all whole, and gradients or tangents.
         return rest.plus(bilevel=4 * FP32 * llama.parameters)

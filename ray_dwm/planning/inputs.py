@@ -47,6 +47,7 @@ class Job:
             loss_chunk=p.loss_chunk,
             moments=2 if c.train.optimizer == "adamw" else sgd,
             offload=p.cpu_offload,
+            gloo=c.cluster.gpus_per_worker == 0,
         )
 
     @property

@@ -32,9 +32,12 @@ def upper_peak(job: Job, audited: bool) -> Phase:
 
 
 def weighing(job: Job) -> float:
-    """The DWM's replica, its versions in flight, and the widest tensors of its encoder over the local batch."""
+    """The DWM's replica, and the widest tensors of its encoder over the local batch.
+
+    Two versions in flight, each with its optimizer's moments, are in the host's memory: without GPUs the same.
+    """
     if not job.dwm_parameters:
         return 0
     width = SIZES[job.config.dwm.size]["width"]
-    versions = 2 * FP32 * job.dwm_parameters
-    return versions + FP32 * job.local_batch * job.seq_len * 6 * width
+    copies = 1 + (2 * 3 if job.config.cluster.gpus_per_worker == 0 else 0)
+    return FP32 * (copies * job.dwm_parameters + job.local_batch * job.seq_len * 6 * width)

@@ -62,7 +62,7 @@ def plan(
 
 
 def predicted_traffic(config: RunConfig) -> Traffic:
-    """Bytes that each rank of a configured run sends in a mean step, by kind; the same on GPUs and on gloo ranks.
+    """Bytes that each rank of a configured run sends in a mean step, by kind; by gloo where workers have no GPU.
 
     all-gather and reduce-scatter: FSDP2's, and the upper level's gathers of u; all-reduce: gradients over the copies of
     the LM and the upper level's bases; DWM: encodings, token ids and alignments. Sums of single numbers (counted

@@ -36,7 +36,9 @@ class Sent(TorchDispatchMode):
         name = function.name()
         if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
             small, large = sorted(x.nbytes for x in args if isinstance(x, Tensor))
-            self.bytes["all-gather" if "gather" in name else "reduce-scatter"] += large - small
+            # Gloo sums a copy everywhere where it should scatter.
+            kind, times = ("all-gather", 1) if "gather" in name else ("reduce-scatter", 2)
+            self.bytes[kind] += times * (large - small)
         elif name == "_c10d_functional::all_gather_into_tensor":
             self.bytes["all-gather"] += args[0].nbytes * (args[1] - 1)
         elif name == "c10d::allgather_":
