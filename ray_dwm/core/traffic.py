@@ -1,10 +1,10 @@
 """Bytes that a rank sends in a step, by kind, and the bandwidth they meet.
 
 A ring of n ranks sends (n - 1) / n of a tensor from each of them to gather or to scatter it, and twice that to sum it
-everywhere (Thakur, Rabenseifner and Gropp 2005); NCCL and gloo do so for large tensors, but torch's gloo sums everywhere
-where it should scatter (`ProcessGroupGloo.cpp`), which is twice as much. In a micro-batch FSDP2 gathers
-the root once and every block once or, where it reshards, twice, in the compute dtype; it scatters gradients in fp32
-after every micro-batch, and with several copies of the LM (HSDP) sums the shards' gradients over the copies.
+everywhere (Thakur, Rabenseifner and Gropp 2005). NCCL and gloo do so for large tensors, but torch's gloo sums where it
+should scatter (`ProcessGroupGloo.cpp`), which is twice as much. In a micro-batch FSDP2 gathers the root once and every
+block once or, where it reshards, twice, in the compute dtype; it scatters gradients in fp32 after every one, and with
+several copies of the LM (HSDP) sums the shards' gradients over the copies.
 Legend: S = ranks that share a copy, R = copies, e = bytes of a number in the compute dtype.
 """
 

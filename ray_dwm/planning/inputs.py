@@ -121,4 +121,6 @@ def job(config: RunConfig, vocab: int = 0) -> Job:
     seq_len = config.lm.seq_len or (manifest.seq_len if manifest else config.prepare.seq_len)
     if not config.lm.seq_len and manifest is None:
         assumed.append(f"sequences of {seq_len:,} tokens (prepare.seq_len)")
+    if config.lm.attention in ("math", "eager"):
+        assumed.append(f"attention that saves no scores, which lm.attention={config.lm.attention} does")
     return Job(config=config, llama=llama(config.lm.preset, vocab), seq_len=seq_len, assumed=tuple(assumed))

@@ -28,7 +28,7 @@ def show(plan: Plan) -> None:
     for line in _heading(plan):
         console.print(line, highlight=False)
     table = Table()
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("as configured", "cheapest that fits"):
         table.add_column(name, justify="right")
     both = (plan.configured, plan.best)
@@ -89,14 +89,14 @@ def _time(x: Estimate, plan: Plan) -> dict[str, str]:
     rows = {
         "compute": step.compute,
         "computed again": step.again,
-        "communication that nothing hides": step.exposed,
+        "communication not hidden": step.exposed,
         "to the host and back": step.transfer,
         "LM step": step.total,
         "DWM's forward": x.weigh,
     }
     if x.visit is not None:
         rows |= {
-            "bi-level step: target gradient": x.visit.target_gradient,
+            "bi-level: target gradient": x.visit.target_gradient,
             "  direction": x.visit.direction,
             "  contraction": x.visit.contraction,
             "  communication": x.visit.communication,

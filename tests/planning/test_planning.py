@@ -104,7 +104,7 @@ def test_the_best_fits_and_no_other_that_fits_is_faster(preset: str) -> None:
 
 def test_offloading_is_the_last_resort() -> None:
     few = [*OVERRIDES, "lm.preset=13b", "cluster.workers=2", "train.global_batch=16", "bilevel.target_batch=8"]
-    with pytest.raises(ResourceError, match="weighting.method=uniform with parallel.cpu_offload=true"):
+    with pytest.raises(ResourceError, match=r"weighting\.method=uniform with parallel\.cpu_offload=true"):
         plan(load([], few), "h100")
     alone = plan(load([], [*few, "weighting.method=uniform"]), "h100").best
     assert alone.job.config.parallel.cpu_offload
