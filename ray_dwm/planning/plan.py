@@ -11,7 +11,7 @@ from ray_dwm.core.hardware import gpu
 from ray_dwm.core.traffic import Traffic
 from ray_dwm.planning.estimate import Estimate, estimate
 from ray_dwm.planning.inputs import job
-from ray_dwm.planning.search import nothing_fits, search
+from ray_dwm.planning.search import nothing_fits, search, with_workers
 from ray_dwm.planning.utilisation import default_mfu
 
 
@@ -45,7 +45,7 @@ def plan(
     kind = gpu(name)
     if network_gbps:
         kind = dataclasses.replace(kind, network=network_gbps * 1e9 / 8)
-    wanted = job(config, vocab)
+    wanted = job(with_workers(config, config.cluster.most_workers), vocab)  # of an elastic group, the most
     bf16 = config.train.precision == "bf16"
     assumed, source = default_mfu(name, wanted.llama, config.parallel.compile, bf16)
     speed = Speed(gpu=kind, bf16=bf16, mfu=mfu or assumed)

@@ -14,10 +14,12 @@ from ray_dwm.config import load
 from ray_dwm.core.costs import Speed
 from ray_dwm.core.hardware import gpu
 from ray_dwm.errors import ResourceError
+from ray_dwm.models.lm import llama
 from ray_dwm.planning.estimate import USABLE, estimate
 from ray_dwm.planning.inputs import job
 from ray_dwm.planning.plan import plan
 from ray_dwm.planning.search import candidates, overrides, search
+from ray_dwm.planning.utilisation import default_mfu
 
 OVERRIDES = [
     "lm.preset=1.3b",
@@ -68,6 +70,17 @@ def test_the_overhead_is_a_visit_over_n_steps() -> None:
     assert seldom.overhead == pytest.approx((often.weigh + often.visit.total / 20) / often.step.total)
 
 
+def test_stages_are_visits_in_the_mean() -> None:
+    """Five stages of 30 updates in 28,611 steps: every 190.74th."""
+    config = load([], [*OVERRIDES, "bilevel.stages=5", "bilevel.stage_updates=30"])
+    assert plan(config, "h100").configured.every == pytest.approx(28_611 / 150)
+
+
+def test_an_elastic_group_is_planned_at_its_largest() -> None:
+    found = plan(load([], [*OVERRIDES, "cluster.workers=[32, 64]"]), "h100")
+    assert found.configured.job.workers == found.best.job.workers == 64
+
+
 def test_a_budget_chooses_how_often() -> None:
     """Without checks, which a run's budget does not count either."""
     budget = ["bilevel.every=0", "bilevel.max_overhead=0.02", "bilevel.fidelity_every=0"]
@@ -75,6 +88,23 @@ def test_a_budget_chooses_how_often() -> None:
     assert found.every >= 1
     assert found.target_batch <= 64
     assert 0.75 * 0.02 <= found.overhead <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("gpu_name", "preset", "compiled", "expected"),
+    [
+        ("h100", "1.3b", True, 0.39),
+        ("h100", "7b", False, 0.33),
+        ("a100", "13b", True, 0.54),
+        ("h100", "370m", True, 0.8 * 0.39),
+    ],
+)
+def test_the_mfu_that_is_assumed_is_a_published_one(
+    gpu_name: str, preset: str, compiled: bool, expected: float
+) -> None:
+    value, source = default_mfu(gpu_name, llama(preset, 32_000), compiled, bf16=True)
+    assert value == pytest.approx(expected)
+    assert "torchtitan" in source
 
 
 def test_what_nobody_says_is_assumed_and_named(shards: dict[str, Path]) -> None:
