@@ -53,14 +53,15 @@ def block_kept(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
 def block_again(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
     """What is there in a block's backward beyond `block_kept`: what was computed again.
 
-    It shares v, gate, up and the attention's result with what `selective` kept, and in fp32 the block's input.
+    It shares v, gate, up and the attention's result with what `selective` kept, and in fp32 the block's input. Of the
+    rest that was kept, q and k before their rotation and o's result are used up by then.
     """
     if checkpointing == "none":
         return 0
     d, k, m = llama.width, llama.kv_width, llama.mlp_width
     shared = e * d if e == FP32 else 0
     if checkpointing == "selective":
-        shared += e * (k + 2 * m + d) + FP32 * llama.heads
+        shared += e * (k + 2 * m + d) + FP32 * llama.heads + e * (d + k + d)
     return block_saved(llama, e) - shared
 
 

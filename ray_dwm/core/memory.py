@@ -8,7 +8,7 @@ number in the compute dtype, p a block's and r the root's parameters (embedding,
 |---|---|---|
 | root, gathered | er | from its forward to the end of the backward: a root does not reshard |
 | a block, gathered | ep | in its forward and its backward; all of them from the forward on without resharding |
-| what the gather writes to | ep | the next block's in a block's backward, the last one's in the loss; one rank: none |
+| what the gather writes to | ep | the next block's in a block's backward and in the loss's; one rank: none |
 | a block's gradients before they are reduced | ep | until their copy for the reduction is made |
 | that copy, in fp32 | 4p | until the next block's is made |
 | what a reduction makes of it | 4p / shards | it becomes the gradient, or is added to it |
@@ -136,12 +136,13 @@ def _loss_phases(llama: Llama, layout: Layout, micro: MicroBatch) -> list[Phase]
     """Around the loss: every block has left what it keeps, the logits are there."""
     e, tokens, held = layout.compute, micro.tokens, _held(layout, micro)
     base = _in_pass(llama, layout, micro, done=0).plus(activations=tokens * act.tail_saved(llama, e))
-    last_gather = e * llama.block_parameters if layout.shard > 1 else 0
+    gather = e * llama.block_parameters if layout.shard > 1 else 0
     head = e * llama.vocab * llama.width
     # Of chunks, the gradients of the hidden states wait for the last one, and the head's are added one to the other.
     hidden = tokens * e * llama.width if held < tokens else 0
     earlier = head if held < tokens else 0
-    forward = base.plus(logits=held * act.logits_forward(llama, e), gathered=last_gather)
+    forward = base.plus(logits=held * act.logits_forward(llama, e), gathered=gather)
+    base = base.plus(gathered=gather if layout.reshard else 0)  # the last block's again, for its backward
     backward = base.plus(logits=held * act.logits_backward(llama), activations=hidden, reduction=earlier)
     after = base.plus(logits=held * act.head_backward(llama, e), activations=hidden, reduction=head + earlier)
     return [forward.named("loss, forward"), backward.named("loss, backward"), after.named("head, backward")]
@@ -177,9 +178,9 @@ def _root_phases(llama: Llama, layout: Layout, micro: MicroBatch) -> list[Phase]
     """The end of the backward: gradients of embedding, final norm and head are whole, then reduced."""
     e, r, states = layout.compute, llama.root_parameters, micro.tokens * layout.compute * llama.width
     base = _in_pass(llama, layout, micro, done=llama.layers)
-    # The gradient of a shared embedding comes twice, from the head and from the look-up, and is then added.
-    twice = e * llama.vocab * llama.width if llama.tied else 0
-    whole = base.plus(activations=states, reduction=e * r + twice + FP32 * llama.block_parameters)
+    # The gradient of a shared embedding comes from the head and from the look-up, and their sum is a third one.
+    parts = 2 * e * llama.vocab * llama.width if llama.tied else 0
+    whole = base.plus(activations=states, reduction=e * r + parts + FP32 * llama.block_parameters)
     # torch's loop over the gradients leaves its variable behind, which holds the last one: the head's.
     last = e * llama.vocab * llama.width if layout.shard > 1 and not llama.tied else 0
     reduction = base.plus(gathered=-e * r, reduction=_reduction(layout, r, last))
