@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,24 +55,21 @@ def search(job: Job, speed: Speed) -> Found:
 def candidates(job: Job, offload: bool) -> Iterator[Job]:
     """The run in every layout that its configuration allows."""
     config = job.config
-    # A chunk that is no smaller than a micro-batch is none.
-    for shard in divisors(job.workers):
-        for checkpointing in CHECKPOINTING:
-            for reshard in (True, False) if shard > 1 else (True,):
-                for micro in divisors(job.local_batch):
-                    for chunk in (c for c in CHUNKS if c < micro * job.seq_len):
-                        parallel = dataclasses.replace(
-                            config.parallel,
-                            shard=shard,
-                            activation_checkpointing=checkpointing,
-                            reshard_after_forward=reshard,
-                            loss_chunk=chunk,
-                            cpu_offload=offload,
-                        )
-                        train = dataclasses.replace(config.train, micro_batch=micro)
-                        yield dataclasses.replace(
-                            job, config=dataclasses.replace(config, parallel=parallel, train=train)
-                        )
+    axes = divisors(job.workers), CHECKPOINTING, (True, False), divisors(job.local_batch), CHUNKS
+    for shard, checkpointing, reshard, micro, chunk in itertools.product(*axes):
+        # Without shards there is nothing to reshard, and a chunk that is no smaller than a micro-batch is none.
+        if (shard == 1 and not reshard) or chunk >= micro * job.seq_len:
+            continue
+        parallel = dataclasses.replace(
+            config.parallel,
+            shard=shard,
+            activation_checkpointing=checkpointing,
+            reshard_after_forward=reshard,
+            loss_chunk=chunk,
+            cpu_offload=offload,
+        )
+        train = dataclasses.replace(config.train, micro_batch=micro)
+        yield dataclasses.replace(job, config=dataclasses.replace(config, parallel=parallel, train=train))
 
 
 def overrides(found: Estimate) -> str:
