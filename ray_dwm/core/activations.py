@@ -50,19 +50,27 @@ def block_kept(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
     return e * d + (products + e * d + FP32 * llama.heads if checkpointing == "selective" else 0)
 
 
-def block_again(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
-    """What is there in a block's backward beyond `block_kept`: what was computed again.
+def recomputed(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
+    """What of a block is made a second time, for its backward.
 
-    It shares v, gate, up and the attention's result with what `selective` kept, and in fp32 the block's input. Of the
-    rest that was kept, q and k before their rotation and o's result are used up by then.
+    `selective` has v, gate, up and the attention's result; in fp32 a block's input is its norm's.
     """
     if checkpointing == "none":
         return 0
     d, k, m = llama.width, llama.kv_width, llama.mlp_width
-    shared = e * d if e == FP32 else 0
+    has = e * d if e == FP32 else 0
     if checkpointing == "selective":
-        shared += e * (k + 2 * m + d) + FP32 * llama.heads + e * (d + k + d)
-    return block_saved(llama, e) - shared
+        has += e * (k + 2 * m + d) + FP32 * llama.heads
+    return block_saved(llama, e) - has
+
+
+def block_again(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
+    """What is there in a block's backward beyond `block_kept`: what is made a second time.
+
+    By then `selective` has used up q and k as they were before their rotation, and o's result.
+    """
+    used = e * (2 * llama.width + llama.kv_width) if checkpointing == "selective" else 0
+    return recomputed(llama, e, checkpointing) - used
 
 
 def block_transient(llama: Llama, e: int) -> int:

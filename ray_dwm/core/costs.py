@@ -79,7 +79,7 @@ def again_seconds(llama: Llama, layout: Layout, speed: Speed, tokens: float, seq
     if layout.checkpointing == "full":
         seconds += tokens * (forward_flops(llama, seq_len) - head) / speed.flops
     elif layout.checkpointing == "selective":
-        again = act.block_again(llama, layout.compute, "selective")
+        again = act.recomputed(llama, layout.compute, "selective")
         seconds += tokens * llama.layers * 2 * again / speed.gpu.bandwidth
     if layout.loss_chunk:
         seconds += tokens * head / speed.flops

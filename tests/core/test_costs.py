@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from ray_dwm.core.accounting import Llama, train_flops_per_token
-from ray_dwm.core.activations import block_again
+from ray_dwm.core.activations import recomputed
 from ray_dwm.core.costs import Speed, estimator_seconds, forward_flops, pass_time
 from ray_dwm.core.hardware import gpu
 from ray_dwm.core.memory import Layout
@@ -53,7 +53,7 @@ def test_what_is_computed_again() -> None:
 
     assert again(checkpointing="full") == pytest.approx(TOKENS * (FLOPS / 3 - HEAD) / SPEED.flops)
     assert again(loss_chunk=64) == pytest.approx(TOKENS * HEAD / SPEED.flops)
-    bytes_again = 2 * 24 * block_again(LARGE, 2, "selective")
+    bytes_again = 2 * 24 * recomputed(LARGE, 2, "selective")
     assert again(checkpointing="selective") == pytest.approx(TOKENS * bytes_again / 3.35e12)
     assert 0 < again(checkpointing="selective") < 0.3 * again(checkpointing="full")
 

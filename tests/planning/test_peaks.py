@@ -66,8 +66,9 @@ def test_one_rank_holds_what_is_predicted(tmp_path: Path, name: str, precision: 
     check(tmp_path, 1, name, precision)
 
 
-@pytest.mark.parametrize("name", ["none", "few tokens", "full", "held"])
+@pytest.mark.parametrize("name", ["none", "full", "held"])
 def test_two_ranks_hold_what_is_predicted(tmp_path: Path, name: str) -> None:
+    """Not where sums over ranks are the peak: a thread of gloo's may still hold the copy that it has summed."""
     check(tmp_path, 2, name, "bf16")
 
 
