@@ -33,6 +33,7 @@ checks: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/bilevel.py
+	$(BIN)/python benchmarks/memory_model.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -14,4 +14,8 @@ python benchmarks/bilevel.py --preset 370m "${large[@]}" --global-batch 32 --mic
     --seq-len 1024 --tables fidelity --points 10 20 --target-pool 64
 python benchmarks/bilevel.py --preset 1.3b "${large[@]}" --global-batch 16 --micro-batch 4 --target-batch 4 \
     --tables cost memory --settings default fast central one_sided ghost --rounds 2 --runs 2
+python benchmarks/memory_model.py --preset 370m "${large[@]}" --global-batch 8 --micro-batch 8 --target-batch 4
+# Where an audited step holds LM and optimizer twice, 1.3b does not fit 80 GB.
+python benchmarks/memory_model.py --preset 1.3b "${large[@]}" --global-batch 4 --micro-batch 4 --target-batch 4 \
+    --cases none selective full "full, chunks" central
 python benchmarks/bilevel.py --preset quickstart --output "$out" --tables peers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -101,6 +102,31 @@ def analyze(
     _check_output(output)
     write_report(runs, output)
     typer.echo(f"report: {output}")
+
+
+@app.command()
+def plan(
+    config: Config = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs, one for each worker; 0: cluster.workers.")] = 0,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, as h100 or a100-40g.")] = "h100",
+    mfu: Annotated[float, typer.Option(min=0, max=1, help="MFU to assume; 0: a published one.")] = 0.0,
+    price: Annotated[float, typer.Option(min=0, help="Of a GPU-hour.")] = 0.0,
+    vocab: Annotated[int, typer.Option(min=0, help="Vocabulary, where there are no shards yet.")] = 0,
+    network_gbps: Annotated[float, typer.Option(min=0, help="Gb/s between nodes for each GPU; 0: the vendor's.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
+) -> None:
+    """Say what a run will need before it is started: memory, time, communication, cost, and the cheapest layout."""
+    from ray_dwm.planning import plan as planning
+    from ray_dwm.planning import table
+
+    workers = [f"cluster.workers={gpus}"] if gpus else []
+    run_config = _load(config, [*(overrides or []), *workers, "cluster.gpus_per_worker=1"])
+    found = planning.plan(run_config, gpu, mfu=mfu, price=price, vocab=vocab, network_gbps=network_gbps)
+    if as_json:
+        typer.echo(json.dumps(table.as_json(found), indent=2))
+    else:
+        table.show(found)
 
 
 @app.command()

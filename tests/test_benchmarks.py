@@ -33,6 +33,16 @@ def test_loop_overhead_writes_figures_with_configuration_and_versions(tmp_path: 
     assert content["config"]["train"]["precision"] == precision
 
 
+def test_memory_model_compares_every_case_that_is_asked_for(tmp_path: Path) -> None:
+    """An LM this small is nothing beside what its process holds: figures are checked for being there."""
+    call("memory_model", tmp_path, "--cases", "copies", "audited", "--target-batch", "2")
+    content = json.loads((tmp_path / "memory_model-cpu-tiny.json").read_text())
+    assert content["result"].keys() == {"audited, 1", "copies, 2", "audited, 2"}
+    for row in content["result"].values():
+        assert min(row["plain_predicted"], row["plain_measured"]) > 0
+        assert row["bilevel_predicted"] > row["plain_predicted"]
+
+
 def test_bilevel_adds_its_tables_to_a_file_and_draws_them(tmp_path: Path) -> None:
     file = tmp_path / "bilevel-cpu-tiny.json"
     earlier = {"made_with": {}, "figures": {"cases": {}}}

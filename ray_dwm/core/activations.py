@@ -14,7 +14,7 @@ h = heads, V = vocabulary. Everything is per token.
 | attention's result (the input of o), log-sum-exp | attention | ed + 4h |
 | gate, SiLU(gate), up, their product (the input of down) | SiLU, product, Linear | 4em |
 
-Outside the blocks: the final norm (4d + 4 + ed), the head's input (ed), and of the loss the fp32 log-probabilities (4V).
+Outside the blocks: the final norm (4d + 4 + ed), the head's input (ed), and the loss's fp32 log-probabilities (4V).
 The residual stream itself is saved by nobody where e = 2; RoPE's sines and cosines are shared by all sequences.
 Attention is a fused kernel (flash, cuDNN, or the CPU's): it saves no scores.
 """
@@ -50,18 +50,27 @@ def block_kept(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
     return e * d + (products + e * d + FP32 * llama.heads if checkpointing == "selective" else 0)
 
 
-def block_again(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
-    """What is there in a block's backward beyond `block_kept`: what was computed again.
+def recomputed(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
+    """What of a block is made a second time, for its backward.
 
-    It shares v, gate, up and the attention's result with what `selective` kept, and in fp32 the block's input.
+    `selective` has v, gate, up and the attention's result; in fp32 a block's input is its norm's.
     """
     if checkpointing == "none":
         return 0
     d, k, m = llama.width, llama.kv_width, llama.mlp_width
-    shared = e * d if e == FP32 else 0
+    has = e * d if e == FP32 else 0
     if checkpointing == "selective":
-        shared += e * (k + 2 * m + d) + FP32 * llama.heads
-    return block_saved(llama, e) - shared
+        has += e * (k + 2 * m + d) + FP32 * llama.heads
+    return block_saved(llama, e) - has
+
+
+def block_again(llama: Llama, e: int, checkpointing: Checkpointing) -> int:
+    """What is there in a block's backward beyond `block_kept`: what is made a second time.
+
+    By then `selective` has used up q and k as they were before their rotation, and o's result.
+    """
+    used = e * (2 * llama.width + llama.kv_width) if checkpointing == "selective" else 0
+    return recomputed(llama, e, checkpointing) - used
 
 
 def block_transient(llama: Llama, e: int) -> int:

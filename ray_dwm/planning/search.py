@@ -1,0 +1,150 @@
+"""The layout that trains a configured run in the fewest GPU-hours among those that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ray_dwm.config import RunConfig
+from ray_dwm.core.activations import Checkpointing
+from ray_dwm.core.costs import Speed
+from ray_dwm.core.hardware import GPUS, gpu
+from ray_dwm.errors import ConfigError, ResourceError
+from ray_dwm.planning.estimate import Estimate, estimate
+from ray_dwm.planning.inputs import Job
+
+CHUNKS = (0, 32768, 8192, 2048)
+"""Of parallel.loss_chunk that are tried, in tokens."""
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
+ALIKE = 0.005
+"""Step times that differ by less count as the same."""
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search has seen."""
+
+    best: Estimate | None
+    """The fastest that fits; among those alike, the one with the fewest micro-batches, then the least memory."""
+    leanest: Estimate
+    """The one with the least memory."""
+
+
+def divisors(number: int) -> list[int]:
+    """Of a positive number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def search(job: Job, speed: Speed) -> Found:
+    """Try every layout; with parameters in the host's memory only where nothing else fits and no DWM is learnt."""
+    tried = [estimate(candidate, speed) for candidate in candidates(job, offload=False)]
+    if not any(x.fits for x in tried) and not job.config.learns_dwm:
+        tried += [estimate(candidate, speed) for candidate in candidates(job, offload=True)]
+    leanest = min(tried, key=lambda x: x.needed)
+    fitting = [x for x in tried if x.fits]
+    if not fitting:
+        return Found(None, leanest)
+    fastest = min(x.step_seconds for x in fitting)
+    alike = [x for x in fitting if x.step_seconds <= (1 + ALIKE) * fastest]
+    return Found(min(alike, key=lambda x: (x.job.micro_batches, x.needed)), leanest)
+
+
+def candidates(job: Job, offload: bool) -> Iterator[Job]:
+    """The run in every layout that its configuration allows."""
+    config = job.config
+    axes = divisors(job.workers), CHECKPOINTING, (True, False), divisors(job.local_batch), CHUNKS
+    for shard, checkpointing, reshard, micro, chunk in itertools.product(*axes):
+        # Without shards there is nothing to reshard, and a chunk that is no smaller than a micro-batch is none.
+        if (shard == 1 and not reshard) or chunk >= micro * job.seq_len:
+            continue
+        parallel = dataclasses.replace(
+            config.parallel,
+            shard=shard,
+            activation_checkpointing=checkpointing,
+            reshard_after_forward=reshard,
+            loss_chunk=chunk,
+            cpu_offload=offload,
+        )
+        train = dataclasses.replace(config.train, micro_batch=micro)
+        yield dataclasses.replace(job, config=dataclasses.replace(config, parallel=parallel, train=train))
+
+
+def overrides(found: Estimate) -> str:
+    """A layout as overrides for the command line."""
+    config = found.job.config
+    parallel = config.parallel
+    words = {
+        "parallel.shard": parallel.shard,
+        "parallel.activation_checkpointing": parallel.activation_checkpointing,
+        "parallel.reshard_after_forward": str(parallel.reshard_after_forward).lower(),
+        "parallel.loss_chunk": parallel.loss_chunk,
+        "train.micro_batch": config.train.micro_batch,
+        **({"parallel.cpu_offload": "true"} if parallel.cpu_offload else {}),
+        "cluster.workers": config.cluster.most_workers,
+        "cluster.gpus_per_worker": 1,
+    }
+    return " ".join(f"{key}={value}" for key, value in words.items())
+
+
+def with_workers(config: RunConfig, workers: int) -> RunConfig:
+    """The run on so many GPUs, one for each worker.
+
+    Raises:
+        ConfigError: the configuration does not fit them.
+    """
+    cluster = dataclasses.replace(config.cluster, workers=workers, gpus_per_worker=1.0)
+    return dataclasses.replace(config, cluster=cluster)
+
+
+def nothing_fits(job: Job, speed: Speed, name: str, found: Found) -> ResourceError:
+    """One line: what lacks, and what would help; every remedy has been tried by the same search."""
+    lean = found.leanest
+    helps = []
+    for times in (2, 4, 8, 16):
+        try:
+            more = dataclasses.replace(job, config=with_workers(_whole(job.config), job.workers * times))
+        except ConfigError:
+            break
+        if search(more, speed).best is not None:
+            helps.append(f"{more.workers} GPUs")
+            break
+    larger = sorted((g for g in GPUS if gpu(g).memory > speed.gpu.memory), key=lambda g: gpu(g).memory)
+    for other in larger:
+        if search(job, dataclasses.replace(speed, gpu=gpu(other))).best is not None:
+            helps.append(f"--gpu {other}")
+            break
+    half = dataclasses.replace(job, seq_len=job.seq_len // 2)
+    if job.seq_len >= 4 and search(half, speed).best is not None:
+        helps.append(f"lm.seq_len={half.seq_len}")
+    if job.config.learns_dwm:
+        helps += _without_upper(job, speed)
+    remedy = f"these would do: {', '.join(helps)}" if helps else "it needs more GPUs and larger ones, or a smaller LM"
+    layout = overrides(lean).split(" cluster.")[0]
+    return ResourceError(
+        f"{job.config.lm.preset} does not fit {job.workers} {name}: the leanest layout ({layout}) needs "
+        f"{lean.needed / GIB:.1f} GiB on each GPU, {-lean.room / GIB:.1f} GiB more than it has to spare; {remedy}"
+    )
+
+
+def _whole(config: RunConfig) -> RunConfig:
+    """With the LM sharded over all workers, so that their number may change."""
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, shard=0))
+
+
+def _without_upper(job: Job, speed: Speed) -> list[str]:
+    """What the upper level could do without."""
+    found = []
+    config, bilevel = job.config, job.config.bilevel
+    if bilevel.fidelity_every:
+        unchecked = dataclasses.replace(config, bilevel=dataclasses.replace(bilevel, fidelity_every=0))
+        if search(dataclasses.replace(job, config=unchecked), speed).best is not None:
+            found.append("bilevel.fidelity_every=0")
+    uniform = dataclasses.replace(config, weighting=dataclasses.replace(config.weighting, method="uniform"))
+    best = search(dataclasses.replace(job, config=uniform), speed).best
+    if best is not None:
+        offloaded = " with parallel.cpu_offload=true" if best.job.config.parallel.cpu_offload else ""
+        found.append(f"weighting.method=uniform{offloaded}")
+    return found
