@@ -86,7 +86,8 @@ class Checkpointer:
                 temporary.rename(path)
                 self._drop_old()
         except (OSError, CheckpointException) as error:  # a lost rank is another error, which a restart mends
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self._main:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} ({first_line(_cause(error))}): "
                 "free space there and start the same command again; the last checkpoint is intact"

@@ -43,7 +43,7 @@ def difference(checkpoint: Path, identity: Identity) -> str | None:
     stored = read_identity(checkpoint)
     if stored is None:
         return None
-    for key in sorted(stored.keys() | identity.keys()):
+    for key in (*identity, *(key for key in stored if key not in identity)):
         if stored.get(key) != identity.get(key):
             return f"{key} is {stored.get(key)} there and {identity.get(key)} here"
     return None

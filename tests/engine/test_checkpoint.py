@@ -169,7 +169,7 @@ def test_a_damaged_or_hostile_checkpoint_is_passed_over_and_kept_aside(
     assert (step, restored) == (1, True)
     assert found == ["step_000000001", "step_000000002.damaged"]
     assert said.startswith(f"[{config.name}] warning: checkpoint step_000000002 is damaged (") and reason in said
-    assert said.endswith("): kept as step_000000002.damaged, continuing from step 1\n") and said.count("\n") == 1
+    assert said.endswith("), kept as step_000000002.damaged: continuing from step 1\n") and said.count("\n") == 1
     assert not (tmp_path / "mark").exists()
 
 
@@ -191,7 +191,7 @@ def load_other(config: RunConfig, other: RunConfig) -> tuple[str, list[str]]:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("train.optimizer=sgd", "train.optimizer is adamw there and sgd here"),
+        ("train.optimizer=sgd,train.momentum=0.9", "train.optimizer is adamw there and sgd here"),
         ("lm.preset=quickstart", "lm.heads is 2 there and 4 here"),
         ("dwm.size=s", "dwm.layers is 1 there and 2 here"),
         ("weighting.method=uniform", "weighting.method is dwm there and uniform here"),
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_run_is_no_damage(
     shards: dict[str, Path], tmp_path: Path, change: str, told: str
 ) -> None:
     config = tiny_config(shards, tmp_path, *OPTIONS)
-    message, found = run(1, tmp_path / "p", load_other, config, tiny_config(shards, tmp_path, *OPTIONS, change))
+    message, found = run(1, tmp_path / "p", load_other, config, tiny_config(shards, tmp_path, *OPTIONS, *change.split(",")))
     assert message.startswith(f"checkpoint {config.run_dir / 'checkpoints' / 'step_000000002'} is of another run (")
     assert told in message and "choose another name=..." in message and "\n" not in message
     assert found == ["step_000000001", "step_000000002"]
@@ -294,7 +294,6 @@ def test_a_failing_write_leaves_the_last_checkpoint(
 def fails_in_training(config: RunConfig) -> tuple[str, int]:
     """The message of a run that cannot write its checkpoints, and the steps it got to."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "checkpoints").mkdir()
     told: list[int] = []
     trainer = Trainer(build(config, on_checkpoint=lambda step, path, figures: told.append(step)))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
