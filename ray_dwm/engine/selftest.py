@@ -12,18 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ray_dwm.engine.mesh import all_sum, device, shard
+from ray_dwm.engine.attention import KERNELS
+from ray_dwm.engine.mesh import all_sum, device, init_mesh
 
-KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest difference from the float64 result, for outputs of the size of 1 (bf16 has 8 bits)."""
 _REDUCED_BYTES = 16 * 2**20
@@ -38,9 +34,11 @@ class AttentionProbe:
     """Forward and backward run, and the output is right."""
     forward_mode: tuple[str, ...]
     """torch.func.jvp runs too."""
+    auto: str
+    """The kernel that torch takes where it may choose."""
 
 
-def probe_attention(*, head_dim: int, seq_len: int, precision: str, heads: int = 2) -> AttentionProbe:
+def probe_attention(*, head_dim: int, seq_len: int, precision: str) -> AttentionProbe:
     """Try every kernel on one short batch of causal attention, as the LM calls it.
 
     Args:
@@ -49,14 +47,21 @@ def probe_attention(*, head_dim: int, seq_len: int, precision: str, heads: int =
     place = device()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
-    shape = (1, heads, seq_len, head_dim)
+    shape = (1, 1, seq_len, head_dim)
     query, key, value = (torch.randn(shape, generator=generator).to(place, dtype) for _ in range(3))
     with sdpa_kernel(SDPBackend.MATH):
         right = _attend(query.double(), key.double(), value.double())
-    trains = tuple(name for name in KERNELS if _trains(KERNELS[name], (query, key, value), right))
-    forward_mode = tuple(name for name in trains if _has_jvp(KERNELS[name], (query, key, value)))
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
-    return AttentionProbe(device=name, trains=trains, forward_mode=forward_mode)
+    kernels = {name: kernel for name, (kernel, _) in KERNELS.items()}
+    trains = tuple(name for name, kernel in kernels.items() if _trains(kernel, (query, key, value), right))
+    forward_mode = tuple(name for name in trains if _has_jvp(kernels[name], (query, key, value)))
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    chosen = SDPBackend(torch._fused_sdp_choice(*leaves, is_causal=True))
+    auto = next((name for name, kernel in kernels.items() if kernel == chosen), "none")
+    return AttentionProbe(device=_device_name(place), trains=trains, forward_mode=forward_mode, auto=auto)
+
+
+def _device_name(place: torch.device) -> str:
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -98,27 +103,25 @@ class GroupProbe:
     """All-reduce of 16 MiB: bytes of the tensor over seconds."""
 
 
-def probe_group() -> GroupProbe:
-    """Try the process group that this process belongs to; collective over all its ranks."""
+def probe_group(shard: int = 0, timeout_s: float = 60.0) -> GroupProbe:
+    """Join the process group as a run does, and try it; collective over all its ranks."""
+    mesh = init_mesh(shard, timeout_s)
     rank, world, place = dist.get_rank(), dist.get_world_size(), device()
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
     total = all_sum(torch.tensor([rank + 1.0], device=place))
     return GroupProbe(
         backend=str(dist.get_backend()),
         world=world,
-        device=torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
+        device=_device_name(place),
         sum_is_right=float(total) == world * (world + 1) / 2,
-        fsdp_error=_fsdp_error(rank, world, place),
+        fsdp_error=_fsdp_error(rank, world, place, mesh),
         bytes_per_s=_all_reduce_rate(place),
     )
 
 
-def _fsdp_error(rank: int, world: int, place: torch.device) -> float:
+def _fsdp_error(rank: int, world: int, place: torch.device, mesh: DeviceMesh) -> float:
     generator = torch.Generator().manual_seed(1)
     x_BD = torch.randn(4 * world, 16, generator=generator).to(place)
     plain, sharded = _two_layers().to(place), _two_layers().to(place)
-    mesh = init_device_mesh(place.type, (world,))
     for layer in sharded:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
@@ -127,10 +130,8 @@ def _fsdp_error(rank: int, world: int, place: torch.device) -> float:
     _step(sharded, x_BD[4 * rank : 4 * rank + 4])
     largest = torch.zeros(1, device=place)
     for ours, right in zip(sharded.parameters(), plain.parameters(), strict=True):
-        begin = -(-right.shape[0] // world) * rank  # FSDP2 cuts the first dimension into equal parts, rounded up
-        part = shard(ours).detach()
-        if part.numel():
-            largest = torch.maximum(largest, (part - right.detach()[begin : begin + part.shape[0]]).abs().max())
+        assert isinstance(ours, DTensor)
+        largest = torch.maximum(largest, (ours.full_tensor() - right).detach().abs().max())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return float(largest)
 

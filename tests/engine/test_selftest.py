@@ -21,6 +21,7 @@ def test_attention_on_the_cpu(precision: str) -> None:
     assert probe.device == "CPU"
     assert probe.trains == ("flash", "math")
     assert probe.forward_mode == ("math",)  # fused kernels have no forward derivative
+    assert probe.auto == "flash"
 
 
 def test_a_kernel_with_wrong_results_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,9 +34,9 @@ def test_a_kernel_with_wrong_results_does_not_count(monkeypatch: pytest.MonkeyPa
     assert probe_attention(head_dim=8, seq_len=8, precision="fp32").trains == ()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_sound_group(world: int, tmp_path: Path) -> None:
-    probe: GroupProbe = run(world, tmp_path, probe_group)
+@pytest.mark.parametrize(("world", "shard"), [(1, 0), (2, 0), (3, 0), (4, 2)])
+def test_a_sound_group(world: int, shard: int, tmp_path: Path) -> None:
+    probe: GroupProbe = run(world, tmp_path, probe_group, shard)
     assert (probe.backend, probe.world, probe.device) == ("gloo", world, "CPU")
     assert probe.sum_is_right
     assert probe.fsdp_error < 1e-6

@@ -8,7 +8,7 @@ import pytest
 from orchestration.conftest import Console
 from synthetic import tiny_config
 
-from ray_dwm.orchestration.cluster import _cpus, _fitting, needed
+from ray_dwm.orchestration.cluster import _cpus, fitting, needed
 
 
 @pytest.mark.parametrize(
@@ -65,4 +65,4 @@ def test_a_private_cluster_has_room_for_both_runs_of_a_comparison(shards: dict[s
 )
 def test_a_worker_never_spans_two_nodes(bundle: dict[str, float], expected: int) -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}]
-    assert _fitting(nodes, bundle) == expected
+    assert fitting(nodes, bundle) == expected
