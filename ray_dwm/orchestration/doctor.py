@@ -20,7 +20,7 @@ from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
 from ray_dwm.orchestration.cluster import connect, preflight
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
-from ray_dwm.orchestration.findings import Finding, has_failed, run_check
+from ray_dwm.orchestration.findings import Finding, attempt, has_failed, run_check
 from ray_dwm.orchestration.train import absolute
 
 _LIMIT_S = 120.0
@@ -44,10 +44,11 @@ class Doctor:
         """All rows; stops Ray where it was started here."""
         self._check("versions", self._versions)
         self._check_configuration()
-        if self._check("Ray", self._connect):
+        if self._joins_cluster():
             self._check("nodes", self._ask_nodes)
-            self._check_nodes()
-            self._check_cluster()
+            if self._nodes:
+                self._check_nodes()
+                self._check_cluster()
             run_check("shutdown", lambda: [ray.shutdown()] and [], _ANSWER_S)
         else:
             for name in ("nodes", "GPUs", "resources", "storage", "attention", "process group"):
@@ -88,8 +89,15 @@ class Doctor:
         else:
             self._skip("disk", "it takes the data's vocabulary and a run folder")
 
+    def _joins_cluster(self) -> bool:
+        if not self._check("Ray", lambda: _probe_cluster(os.environ.get("RAY_ADDRESS"))):
+            return False
+        # Not in a thread: the cluster that is started here would end with it.
+        rows = attempt("Ray", self._connect)
+        self._findings.extend(rows)
+        return not has_failed(rows)
+
     def _connect(self) -> list[Finding]:
-        _probe_cluster(os.environ.get("RAY_ADDRESS"))
         connect(self._run)
         nodes, own = len(doctor_probes.alive_nodes()), "" if os.environ.get("RAY_ADDRESS") else ", started for this"
         return [Finding("Ray", "ok", f"cluster of {nodes} node{'' if nodes == 1 else 's'}{own}")]
@@ -145,18 +153,18 @@ class Doctor:
         return doctor_probes.check_attention(run, head_dim, tokens, run.train.precision, _WAIT_S)
 
 
-def _probe_cluster(address: str | None) -> None:
+def _probe_cluster(address: str | None) -> list[Finding]:
     """Ask from a process that can be ended: Ray's own call waits for ever where something else listens.
 
     Raises:
         ResourceError: no cluster of Ray answers.
     """
     if address is None or not re.fullmatch(r"\[?[^/\[\]]+\]?:\d+", address):
-        return
+        return []
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         if subprocess.run(command, capture_output=True, timeout=_ANSWER_S).returncode == 0:
-            return
+            return []
     except subprocess.TimeoutExpired:
         pass
     raise ResourceError(

@@ -43,7 +43,7 @@ def check_sets(config: RunConfig) -> list[Finding]:
     train = check_data(config)
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]
     sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in evaluation_sets(config).items()]
-    found = f"{', '.join(sizes)}; one tokenizer ({train.tokenizer_name})"
+    found = f"{', '.join(sizes)}; one tokenizer"
     return [Finding("data", "ok", found), check_epochs(config, train.rows, seq_len(config, train))]
 
 
@@ -139,8 +139,12 @@ def check_object_store(config: RunConfig, nodes: Sequence[NodeFacts], dwm_bytes:
             remedy = "lower cluster.ingest_memory_mb, or `ray start --object-store-memory=...`: Ray spills to disk else"
             rows.append(Finding("object store", "warning", found, remedy))
         if store > node.shm_bytes:
-            found = f"{node.name} keeps its {store / 2**20:.0f} MiB outside of /dev/shm ({node.shm_bytes / 2**20:.0f} MiB)"
-            rows.append(Finding("object store", "warning", found, "enlarge /dev/shm (--shm-size), reading is slow else"))
+            found = (
+                f"{node.name} keeps its {store / 2**20:.0f} MiB outside of /dev/shm ({node.shm_bytes / 2**20:.0f} MiB)"
+            )
+            rows.append(
+                Finding("object store", "warning", found, "enlarge /dev/shm (--shm-size), reading is slow else")
+            )
     smallest = min((node.resources.get("object_store_memory", 0.0) for node in nodes), default=0.0)
     return rows or [Finding("object store", "ok", f"at least {smallest / 2**20:.0f} MiB on every node, in /dev/shm")]
 

@@ -170,7 +170,12 @@ def check_versions(python: str, wanted: Sequence[Requirement], have_python: str,
         elif not package.specifier.contains(version, prereleases=True):
             wrong.append(f"{package.name} {version} is not {package.specifier}")
     if wrong:
-        return Finding("versions", "failed", "; ".join(wrong), "install ray_dwm anew with its dependencies; constraints.txt lists versions that work together")
+        return Finding(
+            "versions",
+            "failed",
+            "; ".join(wrong),
+            "install ray_dwm anew with its dependencies; constraints.txt lists versions that work together",
+        )
     shown = [f"{name} {have[name]}" for name in _SHOWN if name in have]
     return Finding("versions", "ok", ", ".join([f"python {have_python}", *shown]))
 
@@ -235,7 +240,9 @@ def _check_spill(nodes: Sequence[NodeFacts]) -> Finding:
     full = [n for n in nodes if n.tmp_free_bytes < (1 - SPILL_LIMIT) * n.tmp_total_bytes]
     shown = [f"{n.name}: {n.tmp_free_bytes / 2**30:.1f} of {n.tmp_total_bytes / 2**30:.1f} GiB free" for n in nodes]
     if full:
-        remedy = "free space there, or start Ray with --temp-dir on a larger disk: Ray writes nothing to a disk that full"
+        remedy = (
+            "free space there, or start Ray with --temp-dir on a larger disk: Ray writes nothing to a disk that full"
+        )
         return Finding("Ray's temporary disk", "failed", "; ".join(shown), remedy)
     return Finding("Ray's temporary disk", "ok", "; ".join(shown))
 

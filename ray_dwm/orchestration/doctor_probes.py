@@ -27,6 +27,7 @@ from ray_dwm.orchestration.doctor_nodes import NodeFacts, node_facts
 from ray_dwm.orchestration.findings import Finding, failure
 
 _BUSY = "wait until the cluster is less busy, or ask for less (cluster.*)"
+_NETWORK = "let nodes reach each other on all ports; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use"
 _SEE_TIMEOUT_S = 10.0
 """A network file system may show a new file late."""
 
@@ -41,11 +42,11 @@ def on_nodes(
 ) -> tuple[list[tuple[dict[str, Any], Any]], list[Finding]]:
     """(node, answer) of each node that answers, and a failed row for each that does not."""
     bundle = bundle or {}
-    task = ray.remote(function).options(max_retries=0)
-    references = {}
+    cpus, gpus = bundle.get("CPU", 0), bundle.get("GPU", 0)
+    task, references = ray.remote(function), {}
     for node in nodes:
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        placed = task.options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=place)
+        placed = task.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=place, max_retries=0)
         references[placed.remote(*arguments(node))] = node
     ray.wait(list(references), num_returns=len(references), timeout=limit_s, fetch_local=False)
     answers, rows = [], []
@@ -147,7 +148,9 @@ def check_group(config: RunConfig, workers: int, limit_s: float) -> list[Finding
     ranks: list[Any] = []
     try:
         if not group.wait(limit_s / 3):
-            found = f"{workers} workers found no free place within {limit_s / 3:g} s, though the cluster could hold them"
+            found = (
+                f"{workers} workers found no free place within {limit_s / 3:g} s, though the cluster could hold them"
+            )
             return [Finding(check, "failed", found, _BUSY)]
         place = PlacementGroupSchedulingStrategy(group)
         bundle = worker_bundle(config)
@@ -164,8 +167,9 @@ def check_group(config: RunConfig, workers: int, limit_s: float) -> list[Finding
         ]
         return [judge_group(ray.get(references, timeout=max(1.0, deadline - time.monotonic()))[0])]
     except ray.exceptions.GetTimeoutError:
-        remedy = "let the nodes reach each other on all ports; name their network in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
-        return [Finding(check, "failed", f"{workers} processes did not come together within {limit_s:g} s", remedy)]
+        return [Finding(check, "failed", f"{workers} processes did not come together within {limit_s:g} s", _NETWORK)]
+    except ray.exceptions.RayTaskError as error:
+        return [replace(failure(check, error), remedy=_NETWORK)]
     finally:
         for rank in ranks:
             ray.kill(rank)
@@ -200,7 +204,9 @@ def judge_group(probe: GroupProbe) -> Finding:
     )
     if probe.sum_is_right and probe.fsdp_error < 1e-4:
         return Finding("process group", "ok", found)
-    remedy = "run nccl-tests or the same with NCCL_P2P_DISABLE=1 to find the link, and do not train here until it is mended"
+    remedy = (
+        "run nccl-tests or the same with NCCL_P2P_DISABLE=1 to find the link, and do not train here until it is mended"
+    )
     return Finding("process group", "failed", found, remedy)
 
 
@@ -228,7 +234,9 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
                 rows.append(Finding("storage", "failed", f"{_name(node)}: {'; '.join(problems)}", remedy))
         if not rows:
             seen = f"{storage} is written and read by {len(answers)} node" + ("" if len(answers) == 1 else "s")
-            rows.append(Finding("storage", "ok", seen + (f", {len(inputs)} data files are the same there" if inputs else "")))
+            rows.append(
+                Finding("storage", "ok", seen + (f", {len(inputs)} data files are the same there" if inputs else ""))
+            )
         return rows
     except OSError as error:
         raise ResourceError(f"{storage} cannot be written ({error.strerror}): choose another storage=...") from None

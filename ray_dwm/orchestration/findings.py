@@ -33,24 +33,24 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
+def attempt(name: str, check: Check) -> list[Finding]:
+    """A check's rows. Whatever it raises is a failed row."""
+    try:
+        return list(check())
+    except Exception as error:
+        return [failure(name, error)]
+
+
 def run_check(name: str, check: Check, limit_s: float) -> list[Finding]:
-    """A check's rows. Whatever it raises is a failed row, and so is silence for `limit_s` seconds.
+    """See `attempt`; silence for `limit_s` seconds is a failed row too.
 
     A check that is cut off may go on in its thread, which does not keep the process alive.
     """
     findings: list[Finding] = []
-
-    def body() -> None:
-        try:
-            found = list(check())
-        except Exception as error:
-            found = [failure(name, error)]
-        findings.extend(found)
-
-    thread = threading.Thread(target=body, daemon=True, name=f"doctor: {name}")
+    thread = threading.Thread(target=lambda: findings.extend(attempt(name, check)), daemon=True)
     thread.start()
     thread.join(limit_s)
-    if findings or not thread.is_alive():
+    if not thread.is_alive():
         return findings
     remedy = "look for a node, a mount or a network address that hangs, or wait until the cluster is less busy"
     return [Finding(name, "failed", f"no answer within {limit_s:g} s", remedy)]
