@@ -54,8 +54,8 @@ def probe_attention(*, head_dim: int, seq_len: int, precision: str) -> Attention
     kernels = {name: kernel for name, (kernel, _) in KERNELS.items()}
     trains = tuple(name for name, kernel in kernels.items() if _trains(kernel, (query, key, value), right))
     forward_mode = tuple(name for name in trains if _has_jvp(kernels[name], (query, key, value)))
-    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    chosen = SDPBackend(torch._fused_sdp_choice(*leaves, is_causal=True))
+    query, key, value = (x.requires_grad_() for x in (query, key, value))  # some kernels have no backward
+    chosen = SDPBackend(torch._fused_sdp_choice(query, key, value, is_causal=True))
     auto = next((name for name, kernel in kernels.items() if kernel == chosen), "none")
     return AttentionProbe(device=_device_name(place), trains=trains, forward_mode=forward_mode, auto=auto)
 

@@ -49,7 +49,7 @@ class Doctor:
             if self._nodes:
                 self._check_nodes()
                 self._check_cluster()
-            run_check("shutdown", lambda: [ray.shutdown()] and [], _ANSWER_S)
+            run_check("shutdown", _shutdown, _ANSWER_S)
         else:
             for name in ("nodes", "GPUs", "resources", "storage", "attention", "process group"):
                 self._skip(name, "there is no cluster to look at")
@@ -153,6 +153,11 @@ class Doctor:
         return doctor_probes.check_attention(run, head_dim, tokens, run.train.precision, _WAIT_S)
 
 
+def _shutdown() -> list[Finding]:
+    ray.shutdown()
+    return []
+
+
 def _probe_cluster(address: str | None) -> list[Finding]:
     """Ask from a process that can be ended: Ray's own call waits for ever where something else listens.
 
@@ -168,5 +173,6 @@ def _probe_cluster(address: str | None) -> list[Finding]:
     except subprocess.TimeoutExpired:
         pass
     raise ResourceError(
-        f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset RAY_ADDRESS to use this machine"
+        f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset RAY_ADDRESS to use this "
+        "machine"
     )

@@ -233,10 +233,9 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
                 remedy = "mount one shared file system at the same path on all nodes, and put storage and data there"
                 rows.append(Finding("storage", "failed", f"{_name(node)}: {'; '.join(problems)}", remedy))
         if not rows:
-            seen = f"{storage} is written and read by {len(answers)} node" + ("" if len(answers) == 1 else "s")
-            rows.append(
-                Finding("storage", "ok", seen + (f", {len(inputs)} data files are the same there" if inputs else ""))
-            )
+            seen = f"written and read by {len(answers)} node{'' if len(answers) == 1 else 's'}: {storage}"
+            same = f"; {len(inputs)} data files are the same there" if inputs else ""
+            rows.append(Finding("storage", "ok", seen + same))
         return rows
     except OSError as error:
         raise ResourceError(f"{storage} cannot be written ({error.strerror}): choose another storage=...") from None
