@@ -79,7 +79,7 @@ class Doctor:
                 self._skip(name, "no configuration was given")
             return
         sound = self._check("data", lambda: doctor_config.check_sets(run))
-        there = sound and Path(run.data.train, "manifest.json").is_file()
+        there = sound and doctor_config.data_are_there(run)
         if there:
             self._check("checksums", lambda: [doctor_config.check_shards(run)], 5 * _LIMIT_S)
         else:

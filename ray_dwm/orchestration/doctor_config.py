@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray_dwm.config import RunConfig
-from ray_dwm.data.manifest import Manifest, load_manifest
+from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check
@@ -169,10 +169,19 @@ def check_free(config: RunConfig, total: dict[str, float], free: dict[str, float
     return row
 
 
+def _manifests(config: RunConfig) -> list[Path]:
+    folders = [config.data.train, *evaluation_sets(config).values()]
+    return [Path(folder).expanduser().absolute() / MANIFEST for folder in folders if folder]
+
+
+def data_are_there(config: RunConfig) -> bool:
+    """Whether all sets have been prepared."""
+    return bool(config.data.train) and all(path.is_file() for path in _manifests(config))
+
+
 def input_files(config: RunConfig) -> list[Path]:
     """What every node must see: manifests, and the tokenizer where text is still to be prepared."""
-    folders = [config.data.train, *evaluation_sets(config).values()]
-    files = [Path(folder).expanduser().absolute() / "manifest.json" for folder in folders if folder]
+    files = _manifests(config)
     if config.prepare.tokenizer:
         files.append(Path(config.prepare.tokenizer).expanduser().absolute() / "tokenizer.json")
     return [file for file in files if file.is_file()]

@@ -198,8 +198,9 @@ def group_environments(places: Sequence[tuple[str, str, list[str], int]]) -> lis
 
 def judge_group(probe: GroupProbe) -> Finding:
     """What a group's figures mean."""
+    sums = "right" if probe.sum_is_right else "WRONG"
     found = (
-        f"{probe.world} x {probe.device} over {probe.backend}: all-reduce {'right' if probe.sum_is_right else 'WRONG'}, "
+        f"{probe.world} x {probe.device} over {probe.backend}: all-reduce {sums}, "
         f"{probe.bytes_per_s / 1e9:.2f} GB/s; one FSDP2 step differs from the unsharded one by {probe.fsdp_error:.0e}"
     )
     if probe.sum_is_right and probe.fsdp_error < 1e-4:

@@ -263,6 +263,19 @@ def test_what_a_node_says_of_the_storage(tmp_path: Path, monkeypatch: pytest.Mon
     assert visit(tmp_path / "probe", {str(data): "0" * 64}) == [f"has another {data}"]
 
 
+def test_sets_that_train_would_make_first(shards: dict[str, Path], tmp_path: Path) -> None:
+    corpus = ROOT / "corpus"
+    missing = {**shards, "target": tmp_path / "target"}
+    texts = [f"prepare.tokenizer={corpus / 'tokenizer'}", f"prepare.target={corpus / 'target'}"]
+    (row,) = doctor_config.check_sets(tiny_config(missing, tmp_path, *texts))
+    assert row.state == "warning"
+    assert row.found == f"not there yet, and made by `train` first: {tmp_path / 'target'}"
+    assert not doctor_config.data_are_there(tiny_config(missing, tmp_path))
+    assert doctor_config.data_are_there(tiny_config(shards, tmp_path))
+    assert [row.state for row in doctor_config.check_sets(tiny_config(shards, tmp_path))] == ["ok", "ok"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_check_ends_whatever_it_does() -> None:
     def broken() -> list[Finding]:
         raise ValueError("first\nsecond")
