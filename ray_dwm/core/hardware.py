@@ -40,9 +40,7 @@ PCIE4, PCIE5 = 32e9, 64e9
 GPUS = {
     # NVIDIA A100 datasheet, June 2021: 312 TFLOPS dense (624 sparse), 19.5 fp32; 40 GB at 1,555 GB/s, 80 GB SXM at
     # 2,039 GB/s; NVLink 600 GB/s both ways. DGX A100 datasheet: one 200 Gb/s HDR InfiniBand port for each GPU.
-    "a100-40g": Gpu(
-        bf16=312e12, fp32=19.5e12, memory=40e9, bandwidth=1.555e12, link=300e9, network=25e9, host=PCIE4
-    ),
+    "a100-40g": Gpu(bf16=312e12, fp32=19.5e12, memory=40e9, bandwidth=1.555e12, link=300e9, network=25e9, host=PCIE4),
     "a100": Gpu(bf16=312e12, fp32=19.5e12, memory=80e9, bandwidth=2.039e12, link=300e9, network=25e9, host=PCIE4),
     # NVIDIA H100 datasheet, 2023-24, SXM: 1,979 TFLOPS sparse, 67 fp32; 80 GB at 3.35 TB/s; NVLink 900 GB/s both ways.
     # DGX H100 datasheet: one 400 Gb/s ConnectX-7 for each GPU.
@@ -60,7 +58,9 @@ GPUS = {
     "l40s": Gpu(bf16=362e12, fp32=91.6e12, memory=48e9, bandwidth=864e9, link=PCIE4, network=12.5e9, host=PCIE4),
     # NVIDIA Ada GPU architecture whitepaper, 2022, appendix A: 165.2 TFLOPS dense with sums in fp32 (330.3 sparse),
     # 82.6 fp32; 24 GB at 1,008 GB/s; PCIe 4. Network: assumed, 25 Gb/s for each GPU.
-    "rtx4090": Gpu(bf16=165.2e12, fp32=82.6e12, memory=24e9, bandwidth=1.008e12, link=PCIE4, network=3.125e9, host=PCIE4),
+    "rtx4090": Gpu(
+        bf16=165.2e12, fp32=82.6e12, memory=24e9, bandwidth=1.008e12, link=PCIE4, network=3.125e9, host=PCIE4
+    ),
 }
 
 

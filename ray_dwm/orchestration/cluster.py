@@ -66,12 +66,8 @@ def quiet_ray_data() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def needed(config: RunConfig) -> dict[str, float]:
-    """Logical resources that a run of the most workers holds at the same time."""
-    return _needed(config, config.cluster.most_workers)
-
-
-def _needed(config: RunConfig, workers: int) -> dict[str, float]:
+def needed(config: RunConfig, workers: int) -> dict[str, float]:
+    """Logical resources that a run of so many workers holds at the same time."""
     cluster, dwm = config.cluster, config.learns_dwm
     gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
     return {"CPU": _cpus(config, dwm, workers), "GPU": gpus}
@@ -112,7 +108,7 @@ def preflight(config: RunConfig) -> int:
         ResourceError: naming what is missing; Ray alone would wait forever.
     """
     cluster, available = config.cluster, ray.cluster_resources()
-    for kind, amount in _needed(config, cluster.least_workers).items():
+    for kind, amount in needed(config, cluster.least_workers).items():
         if available.get(kind, 0.0) < amount:
             raise ResourceError(
                 f"the run needs {amount:g} {kind}s ({cluster.least_workers} workers, the DWM actor and reading), the "

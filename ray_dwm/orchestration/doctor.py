@@ -21,7 +21,7 @@ from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
 from ray_dwm.orchestration.cluster import connect, preflight
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, attempt, has_failed, run_check
-from ray_dwm.orchestration.train import absolute
+from ray_dwm.orchestration.train import absolute, storage_is_temporary
 
 _LIMIT_S = 120.0
 """Of a check that waits for processes of Ray; their own waits are shorter, so that they can say more."""
@@ -38,6 +38,7 @@ class Doctor:
         self._run = absolute(config) if config else load([], ["train.precision=bf16", "weighting.method=uniform"])
         self._progress = progress
         self._nodes: list[NodeFacts] = []
+        self._workers = 0
         self._findings: list[Finding] = []
 
     def examine(self) -> list[Finding]:
@@ -84,7 +85,8 @@ class Doctor:
             self._check("checksums", lambda: [doctor_config.check_shards(run)], 5 * _LIMIT_S)
         else:
             self._skip("checksums", "the data are not there or not sound")
-        if self._check("run folder", lambda: [doctor_config.check_run_folder(run)]) and there:
+        temporary = storage_is_temporary(self._config)
+        if self._check("run folder", lambda: [doctor_config.check_run_folder(run, temporary)]) and there:
             self._check("disk", lambda: [doctor_config.measure_disk(run)])
         else:
             self._skip("disk", "it takes the data's vocabulary and a run folder")
@@ -131,12 +133,11 @@ class Doctor:
             self._skip("process group", "the cluster cannot hold the run's workers")
             return
         self._check("attention", self._attention)
-        workers = doctor_config.worker_count(run)
-        self._check("process group", lambda: doctor_probes.check_group(run, workers, _WAIT_S))
+        self._check("process group", lambda: doctor_probes.check_group(run, self._workers, _WAIT_S))
 
     def _resources(self) -> list[Finding]:
-        preflight(self._run)
-        return [doctor_config.check_free(self._run, ray.cluster_resources(), ray.available_resources())]
+        self._workers = preflight(self._run)
+        return [doctor_config.check_free(self._run, self._workers, ray.cluster_resources(), ray.available_resources())]
 
     def _object_store(self) -> list[Finding]:
         run, size = self._run, 0

@@ -12,13 +12,12 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check
-from ray_dwm.engine.setup import build_learner, check_data, evaluation_sets, seq_len
+from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, seq_len
 from ray_dwm.models.lm import parameter_count
 from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding
 from ray_dwm.orchestration.prepare import sets_to_make
-from ray_dwm.orchestration.train import storage_is_temporary
 
 MOST_EPOCHS = 4.0
 """Beyond about four passes repeated data is worth little: Muennighoff et al., NeurIPS 2023 (arXiv 2305.16264)."""
@@ -26,11 +25,6 @@ _WEIGHT_ROW_BYTES = 26
 """A row of weights/*.parquet: 24 to 25 bytes, measured with random figures."""
 _VERSIONS_HELD = 3
 """DWM versions in the object store at a time: the one before, the one in use, the one under way."""
-
-
-def worker_count(config: RunConfig) -> int:
-    """Workers of the run, at most."""
-    return config.cluster.workers
 
 
 def check_sets(config: RunConfig) -> list[Finding]:
@@ -71,11 +65,17 @@ def check_shards(config: RunConfig) -> Finding:
     return Finding("checksums", "ok", f"all shards of {len(folders)} sets are as their manifests say")
 
 
-def check_run_folder(config: RunConfig) -> Finding:
-    """Whether the run folder can be made, or belongs to this very run."""
+def check_run_folder(config: RunConfig, temporary: bool) -> Finding:
+    """Whether the run folder can be made, or belongs to this very run, with a checkpoint of it.
+
+    Args:
+        temporary: it lies in a Ray job's working folder.
+    """
     check(config)
-    if storage_is_temporary(config):
-        found = f"storage={config.storage} is relative, and a Ray job's working folder is temporary"
+    if data_are_there(config):
+        check_checkpoint(config, load_manifest(config.data.train))
+    if temporary:
+        found = f"{config.run_dir} lies in a Ray job's working folder, which is temporary"
         return Finding("run folder", "warning", found, "storage=/a/shared/folder")
     state = "exists and is continued" if config.run_dir.exists() else "is new"
     return Finding("run folder", "ok", f"{config.run_dir} {state}")
@@ -131,7 +131,7 @@ def check_object_store(config: RunConfig, nodes: Sequence[NodeFacts], dwm_bytes:
     """
     rows = []
     for node in nodes:
-        workers = min(worker_count(config), fitting([node.resources], worker_bundle(config)))
+        workers = min(config.cluster.most_workers, fitting([node.resources], worker_bundle(config)))
         wanted = workers * config.cluster.ingest_memory_mb * 2**20 + _VERSIONS_HELD * dwm_bytes
         store = node.resources.get("object_store_memory", 0.0)
         if wanted > store:
@@ -157,12 +157,17 @@ def dwm_bytes(config: RunConfig, train: Manifest) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def check_free(config: RunConfig, total: dict[str, float], free: dict[str, float]) -> Finding:
-    """Resources that others hold at the moment; that the cluster has enough was checked before."""
-    wanted = needed(config)
+def check_free(config: RunConfig, workers: int, total: dict[str, float], free: dict[str, float]) -> Finding:
+    """Resources that others hold at the moment; that the cluster has enough was checked before.
+
+    Args:
+        workers: those that the cluster has room for.
+    """
+    wanted, most = needed(config, workers), config.cluster.most_workers
     shown = ", ".join(f"{amount:g} of {total.get(kind, 0.0):g} {kind}s" for kind, amount in wanted.items())
     busy = [f"{free.get(kind, 0.0):g} {kind}s" for kind, amount in wanted.items() if free.get(kind, 0.0) < amount]
-    row = Finding("resources", "ok", f"the run holds {shown}")
+    fewer = "" if workers == most else f" with {workers} of at most {most} workers"
+    row = Finding("resources", "ok", f"the run holds {shown}{fewer}")
     if busy:
         found = f"{row.found}, but now only {' and '.join(busy)} are free"
         return replace(row, state="warning", found=found, remedy="wait: the run starts when others have ended")

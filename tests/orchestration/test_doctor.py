@@ -199,7 +199,11 @@ def test_object_store(other: dict[str, Any], found: list[str]) -> None:
 
 @pytest.mark.parametrize(("free", "state"), [(8.0, "ok"), (1.0, "warning")])
 def test_resources_that_others_hold(free: float, state: str) -> None:
-    assert doctor_config.check_free(config(), {"CPU": 8.0}, {"CPU": free}).state == state
+    assert doctor_config.check_free(config(), 2, {"CPU": 8.0}, {"CPU": free}).state == state
+    elastic = config("cluster.workers=[1,4]")
+    row = doctor_config.check_free(elastic, 3, {"CPU": 3.0}, {"CPU": free})
+    assert row.state == state
+    assert row.found.startswith("the run holds 3 of 3 CPUs, 0 of 0 GPUs with 3 of at most 4 workers")
 
 
 @pytest.mark.parametrize(
