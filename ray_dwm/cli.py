@@ -63,6 +63,28 @@ def train(config: Config = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(
+    config: Config = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Check whatever would make a run fail, before it starts; exit code 2 where something would."""
+    from rich.console import Console
+
+    from ray_dwm.orchestration.doctor import Doctor
+    from ray_dwm.orchestration.findings import has_failed, show, to_json
+
+    given = _load(config, overrides) if config or overrides else None
+    with Console(stderr=True).status("doctor") as status:
+        findings = Doctor(given, lambda name: status.update(f"checking {name}")).examine()
+    if as_json:
+        typer.echo(to_json(findings))
+    else:
+        show(findings, Console())
+    raise typer.Exit(2 if has_failed(findings) else 0)
+
+
+@app.command()
 def evaluate(
     lm: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder.")],
     shards: Annotated[list[Path], typer.Argument(help="Folders of token shards.")],

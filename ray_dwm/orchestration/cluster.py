@@ -66,12 +66,8 @@ def quiet_ray_data() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def needed(config: RunConfig) -> dict[str, float]:
-    """Logical resources that a run of the most workers holds at the same time."""
-    return _needed(config, config.cluster.most_workers)
-
-
-def _needed(config: RunConfig, workers: int) -> dict[str, float]:
+def needed(config: RunConfig, workers: int) -> dict[str, float]:
+    """Logical resources that a run of so many workers holds at the same time."""
     cluster, dwm = config.cluster, config.learns_dwm
     gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
     return {"CPU": _cpus(config, dwm, workers), "GPU": gpus}
@@ -91,36 +87,38 @@ def actor_cpus(config: RunConfig) -> float:
     return 0.0 if config.cluster.elastic else config.cluster.dwm_cpus
 
 
-def _fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
+def worker_bundle(config: RunConfig) -> dict[str, float]:
+    """Logical resources of one worker."""
+    return {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
+
+
+def fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
     """How many of a bundle the nodes hold together; one never spans two nodes."""
     asked = {kind: amount for kind, amount in bundle.items() if amount > 0}
     return sum(int(min(node.get(kind, 0.0) / amount + 1e-9 for kind, amount in asked.items())) for node in nodes)
 
 
-def preflight(config: RunConfig) -> None:
+def preflight(config: RunConfig) -> int:
     """Compare what the run needs with what the cluster has; an elastic run needs its fewest workers.
+
+    Returns:
+        The workers that it has room for, at most those of the configuration.
 
     Raises:
         ResourceError: naming what is missing; Ray alone would wait forever.
     """
     cluster, available = config.cluster, ray.cluster_resources()
-    for kind, amount in _needed(config, cluster.least_workers).items():
+    for kind, amount in needed(config, cluster.least_workers).items():
         if available.get(kind, 0.0) < amount:
             raise ResourceError(
                 f"the run needs {amount:g} {kind}s ({cluster.least_workers} workers, the DWM actor and reading), the "
                 f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or "
                 f"cluster.{kind.lower()}s_per_worker, or add nodes"
             )
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = _fitting(nodes, {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker})
-    if fitting < cluster.least_workers:
+    fit = fitting([node["Resources"] for node in ray.nodes() if node["Alive"]], worker_bundle(config))
+    if fit < cluster.least_workers:
         raise ResourceError(
-            f"only {fitting} of {cluster.least_workers} workers of {cluster.cpus_per_worker:g} CPUs and "
+            f"only {fit} of {cluster.least_workers} workers of {cluster.cpus_per_worker:g} CPUs and "
             f"{cluster.gpus_per_worker:g} GPUs fit the cluster's nodes: lower cluster.workers or what a worker asks for"
         )
-    if fitting < cluster.most_workers:
-        print(
-            f"[{config.name}] the cluster has room for {fitting} of at most {cluster.most_workers} workers: the others "
-            "join when nodes come",
-            flush=True,
-        )
+    return min(fit, cluster.most_workers)

@@ -40,11 +40,11 @@ def sets_to_prepare(config: RunConfig) -> list[tuple[str, str, str]]:
     return [(key, files, output) for key, files, output in sets if files and output]
 
 
-def prepare_sets(config: RunConfig, *, missing_only: bool = False) -> None:
-    """Prepare the sets whose text the configuration names, all checked before Ray is started.
+def sets_to_make(config: RunConfig, *, missing_only: bool) -> list[tuple[str, str, str]]:
+    """Those of `sets_to_prepare` that `prepare_sets` makes, after it has checked that they can be made.
 
-    Args:
-        missing_only: leave out the sets whose folder exists, instead of refusing them.
+    Raises:
+        UserError: bad input, naming the key or file.
     """
     sets = sets_to_prepare(config)
     if missing_only:
@@ -56,6 +56,16 @@ def prepare_sets(config: RunConfig, *, missing_only: bool = False) -> None:
         raise UserError("two sets have the same output folder: give each data.* a folder of its own")
     for row in sets:
         _check(*row, config.prepare)
+    return sets
+
+
+def prepare_sets(config: RunConfig, *, missing_only: bool = False) -> None:
+    """Prepare the sets whose text the configuration names, all checked before Ray is started.
+
+    Args:
+        missing_only: leave out the sets whose folder exists, instead of refusing them.
+    """
+    sets = sets_to_make(config, missing_only=missing_only)
     if sets:
         connect(config)
     for row in sets:

@@ -54,7 +54,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     manifest = check_data(config)
     for folder in (config.data.train, *evaluation_sets(config).values()):
         open_shards(folder).verify()
-    config = _absolute(config)
+    config = absolute(config)
     check(config)
     done = read_summary(config)
     if done is not None:
@@ -62,7 +62,13 @@ def train(config: RunConfig) -> dict[str, Any]:
         return done
     check_checkpoint(config, manifest)
     connect(config)
-    preflight(config)
+    workers = preflight(config)
+    if workers < config.cluster.most_workers:
+        print(
+            f"[{config.name}] the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the "
+            "others join when nodes come",
+            flush=True,
+        )
     with claim(config):
         print(f"[{config.name}] run folder {config.run_dir}", flush=True)
         return _fit(config, manifest)
@@ -208,7 +214,7 @@ def _reason(config: RunConfig, error: ray.train.TrainingFailedError) -> str:
     )
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """Paths as every process of the cluster must see them."""
     data = to_dict(config)
     data["storage"] = str(config.run_dir.parent)
@@ -227,9 +233,14 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 def warn_of_temporary_storage(config: RunConfig) -> None:
     """Say that a relative storage goes with a Ray job's temporary working folder."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.storage).expanduser().is_absolute():
+    if storage_is_temporary(config):
         print(
             f"warning: storage={config.storage} is relative, and a Ray job's working folder is temporary: pass "
             "storage=/a/shared/folder to keep the run and to be able to resume it",
             flush=True,
         )
+
+
+def storage_is_temporary(config: RunConfig) -> bool:
+    """Whether the run folder would lie in a Ray job's working folder."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.storage).expanduser().is_absolute()

@@ -8,7 +8,7 @@ import pytest
 from orchestration.conftest import Console
 from synthetic import tiny_config
 
-from ray_dwm.orchestration.cluster import _cpus, _fitting, needed
+from ray_dwm.orchestration.cluster import _cpus, fitting, needed
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,13 @@ def test_unreachable_cluster(shards: dict[str, Path], console: Console, tmp_path
     ],
 )
 def test_needed(shards: dict[str, Path], tmp_path: Path, overrides: list[str], expected: dict[str, float]) -> None:
-    assert needed(tiny_config(shards, tmp_path, "train.micro_batch=1", *overrides)) == expected
+    config = tiny_config(shards, tmp_path, "train.micro_batch=1", *overrides)
+    assert needed(config, config.cluster.most_workers) == expected
 
 
 def test_a_private_cluster_has_room_for_both_runs_of_a_comparison(shards: dict[str, Path], tmp_path: Path) -> None:
     uniform = tiny_config(shards, tmp_path, "cluster.workers=2", "weighting.method=uniform")
-    assert _cpus(uniform, True, 2) == needed(tiny_config(shards, tmp_path, "cluster.workers=2"))["CPU"]
+    assert _cpus(uniform, True, 2) == needed(tiny_config(shards, tmp_path, "cluster.workers=2"), 2)["CPU"]
 
 
 @pytest.mark.parametrize(
@@ -65,4 +66,4 @@ def test_a_private_cluster_has_room_for_both_runs_of_a_comparison(shards: dict[s
 )
 def test_a_worker_never_spans_two_nodes(bundle: dict[str, float], expected: int) -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}]
-    assert _fitting(nodes, bundle) == expected
+    assert fitting(nodes, bundle) == expected

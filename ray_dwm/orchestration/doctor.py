@@ -1,0 +1,179 @@
+"""`ray-dwm doctor`: everything that would make a run fail, looked at before it costs anything."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ray
+
+from ray_dwm.config import RunConfig, load
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.engine.setup import seq_len
+from ray_dwm.errors import ResourceError
+from ray_dwm.models.lm import lm_shape
+from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
+from ray_dwm.orchestration.cluster import connect, preflight
+from ray_dwm.orchestration.doctor_nodes import NodeFacts
+from ray_dwm.orchestration.findings import Finding, attempt, has_failed, run_check
+from ray_dwm.orchestration.train import absolute, storage_is_temporary
+
+_LIMIT_S = 120.0
+"""Of a check that waits for processes of Ray; their own waits are shorter, so that they can say more."""
+_WAIT_S = 90.0
+_ANSWER_S = 45.0
+
+
+class Doctor:
+    """The checks in order. A check whose ground another one found missing is skipped, with the reason."""
+
+    def __init__(self, config: RunConfig | None, progress: Callable[[str], None] = lambda name: None) -> None:
+        self._config = config
+        # Without a configuration: two workers as the defaults have them, in bf16.
+        self._run = absolute(config) if config else load([], ["train.precision=bf16", "weighting.method=uniform"])
+        self._progress = progress
+        self._nodes: list[NodeFacts] = []
+        self._workers = 0
+        self._findings: list[Finding] = []
+
+    def examine(self) -> list[Finding]:
+        """All rows; stops Ray where it was started here."""
+        self._check("versions", self._versions)
+        self._check_configuration()
+        if self._joins_cluster():
+            self._check("nodes", self._ask_nodes)
+            if self._nodes:
+                self._check_nodes()
+                self._check_cluster()
+            run_check("shutdown", _shutdown, _ANSWER_S)
+        else:
+            for name in ("nodes", "GPUs", "resources", "storage", "attention", "process group"):
+                self._skip(name, "there is no cluster to look at")
+        return self._findings
+
+    def _check(self, name: str, check: Callable[[], Iterable[Finding]], limit_s: float = _LIMIT_S) -> bool:
+        self._progress(name)
+        rows = run_check(name, check, limit_s)
+        self._findings.extend(rows)
+        return not has_failed(rows)
+
+    def _skip(self, name: str, reason: str) -> None:
+        self._findings.append(Finding(name, "skipped", reason))
+
+    def _versions(self) -> list[Finding]:
+        python, wanted = doctor_nodes.requirements()
+        return [doctor_nodes.check_versions(python, wanted, platform.python_version(), self._packages())]
+
+    def _packages(self) -> dict[str, str]:
+        names = [package.name for package in doctor_nodes.requirements()[1]]
+        return {name: version for name in names if (version := doctor_nodes.installed_version(name))}
+
+    def _check_configuration(self) -> None:
+        run = self._run
+        if self._config is None:
+            for name in ("data", "checksums", "run folder", "disk"):
+                self._skip(name, "no configuration was given")
+            return
+        sound = self._check("data", lambda: doctor_config.check_sets(run))
+        there = sound and doctor_config.data_are_there(run)
+        if there:
+            self._check("checksums", lambda: [doctor_config.check_shards(run)], 5 * _LIMIT_S)
+        else:
+            self._skip("checksums", "the data are not there or not sound")
+        temporary = storage_is_temporary(self._config)
+        if self._check("run folder", lambda: [doctor_config.check_run_folder(run, temporary)]) and there:
+            self._check("disk", lambda: [doctor_config.measure_disk(run)])
+        else:
+            self._skip("disk", "it takes the data's vocabulary and a run folder")
+
+    def _joins_cluster(self) -> bool:
+        if not self._check("Ray", lambda: _probe_cluster(os.environ.get("RAY_ADDRESS"))):
+            return False
+        # Not in a thread: the cluster that is started here would end with it.
+        rows = attempt("Ray", self._connect)
+        self._findings.extend(rows)
+        return not has_failed(rows)
+
+    def _connect(self) -> list[Finding]:
+        connect(self._run)
+        nodes, own = len(doctor_probes.alive_nodes()), "" if os.environ.get("RAY_ADDRESS") else ", started for this"
+        return [Finding("Ray", "ok", f"cluster of {nodes} node{'' if nodes == 1 else 's'}{own}")]
+
+    def _ask_nodes(self) -> list[Finding]:
+        self._nodes, rows = doctor_probes.ask_nodes(list(self._packages()), _ANSWER_S)
+        same = doctor_nodes.check_same_versions(platform.python_version(), self._packages(), self._nodes)
+        return [*rows, same] if self._nodes else rows
+
+    def _check_nodes(self) -> None:
+        nodes, here = self._nodes, doctor_nodes.traps(os.environ, ray.util.get_node_ip_address())
+        self._check("GPUs", lambda: [doctor_nodes.check_gpus(nodes, self._config)])
+        self._check("limits", lambda: doctor_nodes.check_limits(nodes))
+        self._check("environment", lambda: doctor_nodes.check_traps(here, nodes))
+        self._check("clocks", lambda: [doctor_nodes.check_clocks(nodes)])
+        if self._config is not None:
+            self._check("W&B", lambda: [doctor_nodes.check_wandb(self._run, nodes)])
+
+    def _check_cluster(self) -> None:
+        run = self._run
+        fits = self._check("resources", self._resources)
+        if self._config is None:
+            self._skip("object store", "no configuration was given")
+            self._skip("storage", "no configuration was given")
+        else:
+            self._check("object store", self._object_store)
+            storage, inputs = run.run_dir.parent, doctor_config.input_files(run)
+            self._check("storage", lambda: doctor_probes.check_storage(storage, inputs, _ANSWER_S))
+        if not fits:
+            self._skip("attention", "the cluster cannot hold the run's workers")
+            self._skip("process group", "the cluster cannot hold the run's workers")
+            return
+        self._check("attention", self._attention)
+        self._check("process group", lambda: doctor_probes.check_group(run, self._workers, _WAIT_S))
+
+    def _resources(self) -> list[Finding]:
+        self._workers = preflight(self._run)
+        return [doctor_config.check_free(self._run, self._workers, ray.cluster_resources(), ray.available_resources())]
+
+    def _object_store(self) -> list[Finding]:
+        run, size = self._run, 0
+        if Path(run.data.train, "manifest.json").is_file():
+            size = doctor_config.dwm_bytes(run, load_manifest(run.data.train))
+        return doctor_config.check_object_store(run, self._nodes, size)
+
+    def _attention(self) -> list[Finding]:
+        run, shape = self._run, lm_shape(self._run.lm.preset)
+        tokens = run.lm.seq_len or run.prepare.seq_len
+        if Path(run.data.train, "manifest.json").is_file():
+            tokens = seq_len(run, load_manifest(run.data.train))
+        head_dim = shape.width // shape.heads
+        return doctor_probes.check_attention(run, head_dim, tokens, run.train.precision, _WAIT_S)
+
+
+def _shutdown() -> list[Finding]:
+    ray.shutdown()
+    return []
+
+
+def _probe_cluster(address: str | None) -> list[Finding]:
+    """Ask from a process that can be ended: Ray's own call waits for ever where something else listens.
+
+    Raises:
+        ResourceError: no cluster of Ray answers.
+    """
+    if address is None or not re.fullmatch(r"\[?[^/\[\]]+\]?:\d+", address):
+        return []
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        if subprocess.run(command, capture_output=True, timeout=_ANSWER_S).returncode == 0:
+            return []
+    except subprocess.TimeoutExpired:
+        pass
+    raise ResourceError(
+        f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset RAY_ADDRESS to use this "
+        "machine"
+    )
