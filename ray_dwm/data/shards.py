@@ -6,10 +6,11 @@ for sets of which only some tokens count, `loss_mask: fixed_size_list<bool>[T]`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ class Rows:
     """(n,)"""
     domains: NDArray[np.int32]
     """(n,) codes into the manifest's sorted domain names."""
-    input_ids: NDArray[np.int64]
-    """(n, T)"""
+    input_ids: NDArray[np.integer]
+    """(n, T), of the stored type."""
     loss_mask: NDArray[np.bool_] | None = None
     """(n, T), or None where every token counts."""
 
@@ -82,32 +83,57 @@ def write_shard(
     return ShardFile(name=path.name, rows=len(table), bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
+class _Chunk:
+    """One record batch as arrays that lie in the memory map: nothing is read until rows are chosen."""
+
+    def __init__(self, batch: pa.RecordBatch, codes: dict[str, int]) -> None:
+        domain = batch.column("domain")
+        self.domain_names = domain.dictionary.to_pylist()
+        self._codes = np.array([codes.get(name, -1) for name in self.domain_names], dtype=np.int32)
+        self._indices = domain.indices.to_numpy()
+        self.sample_ids: NDArray[np.int64] = batch.column("sample_id").to_numpy()
+        self.input_ids: NDArray[np.integer] = batch.column("input_ids").flatten().to_numpy().reshape(len(batch), -1)
+        self._mask = batch.column("loss_mask") if "loss_mask" in batch.schema.names else None
+
+    def domains(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The manifest's codes of the given rows."""
+        return self._codes[self._indices[rows]]
+
+    def loss_mask(self, rows: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """The given rows' masks, unpacked from bits."""
+        if self._mask is None:
+            return None
+        bits = self._mask.take(pa.array(rows)).flatten()
+        return bits.to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+
+
 class ShardReader:
     """Rows of a folder by number, read from memory maps: nothing is loaded that is not asked for."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._starts = [0, *accumulate(manifest.rows_per_file)]
+        self._starts = np.cumsum([0, *manifest.rows_per_file])
         self._codes = {name: code for code, name in enumerate(manifest.domain_names)}
         self._open = lru_cache(maxsize=256)(self._open_file)
 
-    def _open_file(self, index: int) -> tuple[list[pa.RecordBatch], list[int]]:
+    def _open_file(self, index: int) -> tuple[list[_Chunk], NDArray[np.int64]]:
+        """A file's record batches, and the first row of each with the number of all rows at the end."""
         file = self.manifest.files[index]
         path = self.manifest.folder / file.name
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            chunks = [_Chunk(reader.get_batch(i), self._codes) for i in range(reader.num_record_batches)]
             width = reader.schema.field("input_ids").type.list_size
         except (pa.ArrowInvalid, OSError, KeyError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"shard {path} is no readable token shard ({reason}): prepare anew") from None
-        starts = [0, *accumulate(len(batch) for batch in batches)]
+        starts = np.cumsum([0, *(len(chunk.sample_ids) for chunk in chunks)])
         if starts[-1] != file.rows or width != self.manifest.seq_len:
             raise DataError(
                 f"shard {path} has {starts[-1]} rows of {width} tokens, the manifest says {file.rows} of "
                 f"{self.manifest.seq_len}: prepare anew"
             )
-        return batches, starts
+        return chunks, starts
 
     def verify(self, threads: int = 4) -> None:
         """Compare every file with the manifest: checksum, rows, columns, domains. About a minute for 60 GB.
@@ -122,8 +148,8 @@ class ShardReader:
                 if digest != file.sha256:
                     path = self.manifest.folder / file.name
                     raise DataError(f"shard {path} differs from its checksum: it is damaged, prepare anew")
-                for batch in self._open(index)[0]:
-                    unknown = set(batch.column("domain").dictionary.to_pylist()) - self._codes.keys()
+                for chunk in self._open(index)[0]:
+                    unknown = set(chunk.domain_names) - self._codes.keys()
                     if unknown:
                         raise DataError(
                             f"shard {self.manifest.folder / file.name} has domain {min(unknown)}, which the manifest "
@@ -132,51 +158,44 @@ class ShardReader:
 
     def sample_ids(self) -> NDArray[np.int64]:
         """Ids of all rows in order, without touching the tokens."""
-        parts = [b.column("sample_id").to_numpy() for i in range(len(self.manifest.files)) for b in self._open(i)[0]]
-        return np.concatenate(parts)
+        chunks = [chunk for index in range(len(self.manifest.files)) for chunk in self._open(index)[0]]
+        return np.concatenate([chunk.sample_ids for chunk in chunks])
 
     def take(self, rows: NDArray[np.int64]) -> Rows:
         """The given rows (numbered through the whole folder), in the given order."""
-        parts: list[tuple[NDArray[np.int64], Rows]] = []
-        files = np.searchsorted(self._starts, rows, side="right") - 1
-        for index in np.unique(files):
-            where = np.flatnonzero(files == index)
-            local = rows[where] - self._starts[index]
-            batches, starts = self._open(int(index))
-            owners = np.searchsorted(starts, local, side="right") - 1
-            for owner in np.unique(owners):
-                chosen = owners == owner
-                batch = batches[int(owner)]
-                parts.append((where[chosen], self._rows(batch, local[chosen] - starts[int(owner)])))
-        return _reorder(parts, len(rows))
+        kind = token_type(self.manifest.vocab_size).to_pandas_dtype()
+        sample_ids = np.empty(len(rows), dtype=np.int64)
+        domains = np.empty(len(rows), dtype=np.int32)
+        input_ids = np.empty((len(rows), self.manifest.seq_len), dtype=kind)
+        loss_mask = None
+        for chunk, local, where in self._locate(rows):
+            sample_ids[where] = chunk.sample_ids[local]
+            domains[where] = chunk.domains(local)
+            input_ids[where] = chunk.input_ids[local]
+            mask = chunk.loss_mask(local)
+            if mask is not None:
+                loss_mask = np.ones(input_ids.shape, dtype=bool) if loss_mask is None else loss_mask
+                loss_mask[where] = mask
+        return Rows(sample_ids, domains, input_ids, loss_mask)
 
-    def _rows(self, batch: pa.RecordBatch, rows: NDArray[np.int64]) -> Rows:
-        domain = batch.column("domain")
-        codes = np.array([self._codes[name] for name in domain.dictionary.to_pylist()], dtype=np.int32)
-        mask = None
-        if "loss_mask" in batch.schema.names:
-            values = batch.column("loss_mask").flatten().to_numpy(zero_copy_only=False)
-            mask = values.reshape(len(batch), -1)[rows]
-        tokens = batch.column("input_ids").flatten().to_numpy().reshape(len(batch), -1)
-        return Rows(
-            batch.column("sample_id").to_numpy()[rows],
-            codes[domain.indices.to_numpy()[rows]],
-            tokens[rows].astype(np.int64),
-            mask,
-        )
+    def _locate(self, rows: NDArray[np.int64]) -> Iterator[tuple[_Chunk, NDArray[np.int64], NDArray[np.int64]]]:
+        """Each chunk that holds some of the rows, their numbers within it, and their places in `rows`."""
+        for index, of_file in _grouped(self._starts, rows):
+            chunks, starts = self._open(index)
+            local = rows[of_file] - self._starts[index]
+            for owner, of_chunk in _grouped(starts, local):
+                yield chunks[owner], local[of_chunk] - starts[owner], of_file[of_chunk]
 
 
-def _reorder(parts: list[tuple[NDArray[np.int64], Rows]], count: int) -> Rows:
-    order = np.argsort(np.concatenate([where for where, _ in parts]), kind="stable")
-    assert len(order) == count, "a row number lies outside the folder"
-    rows = [part for _, part in parts]
-    masks = [part.loss_mask for part in rows]
-    return Rows(
-        np.concatenate([part.sample_ids for part in rows])[order],
-        np.concatenate([part.domains for part in rows])[order],
-        np.concatenate([part.input_ids for part in rows])[order],
-        None if any(mask is None for mask in masks) else np.concatenate([m for m in masks if m is not None])[order],
-    )
+def _grouped(starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """The parts (from `starts`, which ends with the number of all rows) that hold any of the rows, and which those are."""
+    owners = np.searchsorted(starts, rows, side="right") - 1
+    order = np.argsort(owners, kind="stable")
+    first, last = owners[order[0]], owners[order[-1]]
+    assert 0 <= first and last < len(starts) - 1, "a row number lies outside the folder"
+    cuts = [0, *(np.flatnonzero(np.diff(owners[order])) + 1).tolist(), len(rows)]
+    for start, stop in pairwise(cuts):
+        yield int(owners[order[start]]), order[start:stop]
 
 
 @lru_cache(maxsize=8)

@@ -46,7 +46,7 @@ class Batch:
 
 def to_batch(rows: Rows, seq_len: int, device: torch.device) -> Batch:
     """Rows as tensors, cut to the first `seq_len` tokens."""
-    input_ids = torch.from_numpy(rows.input_ids[:, :seq_len]).to(device)
+    input_ids = torch.from_numpy(rows.input_ids[:, :seq_len].astype("int64")).to(device)
     loss_mask = None if rows.loss_mask is None else torch.from_numpy(rows.loss_mask[:, :seq_len]).to(device)
     return Batch(
         torch.from_numpy(rows.sample_ids.copy()),
