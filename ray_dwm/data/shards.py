@@ -6,6 +6,7 @@ for sets of which only some tokens count, `loss_mask: fixed_size_list<bool>[T]`.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ray_dwm.data.manifest import Manifest, ShardFile, file_sha256, load_manifes
 from ray_dwm.errors import DataError
 
 BATCH_ROWS = 1024
+_MAPPED_BYTES = 128 * 2**20
+"""Read rows' bytes after which a reader lets go of the pages: about a window of the read plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ def token_type(vocab_size: int) -> pa.DataType:
     return pa.uint16() if vocab_size <= 2**16 else pa.int32()
 
 
-def _fixed_lists(values: NDArray[np.generic], kind: pa.DataType) -> pa.Array:
+def fixed_lists(values: NDArray[np.generic], kind: pa.DataType | None = None) -> pa.Array:
+    """A matrix as a column of rows; without `kind` of its own type, and not copied."""
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), type=kind), values.shape[1])
 
 
@@ -73,10 +77,10 @@ def write_shard(
     columns: dict[str, pa.Array] = {
         "sample_id": pa.array(sample_ids, pa.int64()),
         "domain": pa.array(domains, pa.string()).dictionary_encode(),
-        "input_ids": _fixed_lists(input_ids, token_type(vocab_size)),
+        "input_ids": fixed_lists(input_ids, token_type(vocab_size)),
     }
     if loss_mask is not None:
-        columns["loss_mask"] = _fixed_lists(loss_mask, pa.bool_())
+        columns["loss_mask"] = fixed_lists(loss_mask, pa.bool_())
     table = pa.table(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=BATCH_ROWS)
@@ -115,16 +119,20 @@ class ShardReader:
         self._starts = np.cumsum([0, *manifest.rows_per_file])
         self._codes = {name: code for code, name in enumerate(manifest.domain_names)}
         self._open = lru_cache(maxsize=256)(self._open_file)
+        self._touched: set[mmap.mmap] = set()
+        self._taken = 0
 
-    def _open_file(self, index: int) -> tuple[list[_Chunk], NDArray[np.int64]]:
-        """A file's record batches, and the first row of each with the number of all rows at the end."""
+    def _open_file(self, index: int) -> tuple[mmap.mmap, list[_Chunk], NDArray[np.int64]]:
+        """A file's map, its record batches, and the first row of each with the number of all rows at the end."""
         file = self.manifest.files[index]
         path = self.manifest.folder / file.name
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            with path.open("rb") as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.py_buffer(mapped))
             chunks = [_Chunk(reader.get_batch(i), self._codes) for i in range(reader.num_record_batches)]
             width = reader.schema.field("input_ids").type.list_size
-        except (pa.ArrowInvalid, OSError, KeyError, AttributeError) as error:
+        except (pa.ArrowInvalid, OSError, ValueError, KeyError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"shard {path} is no readable token shard ({reason}): prepare anew") from None
         starts = np.cumsum([0, *(len(chunk.sample_ids) for chunk in chunks)])
@@ -133,7 +141,7 @@ class ShardReader:
                 f"shard {path} has {starts[-1]} rows of {width} tokens, the manifest says {file.rows} of "
                 f"{self.manifest.seq_len}: prepare anew"
             )
-        return chunks, starts
+        return mapped, chunks, starts
 
     def verify(self, threads: int = 4) -> None:
         """Compare every file with the manifest: checksum, rows, columns, domains. About a minute for 60 GB.
@@ -148,7 +156,7 @@ class ShardReader:
                 if digest != file.sha256:
                     path = self.manifest.folder / file.name
                     raise DataError(f"shard {path} differs from its checksum: it is damaged, prepare anew")
-                for chunk in self._open(index)[0]:
+                for chunk in self._open(index)[1]:
                     unknown = set(chunk.domain_names) - self._codes.keys()
                     if unknown:
                         raise DataError(
@@ -158,7 +166,7 @@ class ShardReader:
 
     def sample_ids(self) -> NDArray[np.int64]:
         """Ids of all rows in order, without touching the tokens."""
-        chunks = [chunk for index in range(len(self.manifest.files)) for chunk in self._open(index)[0]]
+        chunks = [chunk for index in range(len(self.manifest.files)) for chunk in self._open(index)[1]]
         return np.concatenate([chunk.sample_ids for chunk in chunks])
 
     def take(self, rows: NDArray[np.int64]) -> Rows:
@@ -176,23 +184,34 @@ class ShardReader:
             if mask is not None:
                 loss_mask = np.ones(input_ids.shape, dtype=bool) if loss_mask is None else loss_mask
                 loss_mask[where] = mask
+        self._forget(input_ids.nbytes)
         return Rows(sample_ids, domains, input_ids, loss_mask)
+
+    def _forget(self, taken: int) -> None:
+        """Let go of pages that were read, so that this process does not grow to the size of the corpus."""
+        self._taken += taken
+        if self._taken >= _MAPPED_BYTES:
+            for mapped in self._touched:
+                mapped.madvise(mmap.MADV_DONTNEED)  # they stay in the page cache while there is room
+            self._touched.clear()
+            self._taken = 0
 
     def _locate(self, rows: NDArray[np.int64]) -> Iterator[tuple[_Chunk, NDArray[np.int64], NDArray[np.int64]]]:
         """Each chunk that holds some of the rows, their numbers within it, and their places in `rows`."""
         for index, of_file in _grouped(self._starts, rows):
-            chunks, starts = self._open(index)
+            mapped, chunks, starts = self._open(index)
+            self._touched.add(mapped)
             local = rows[of_file] - self._starts[index]
             for owner, of_chunk in _grouped(starts, local):
                 yield chunks[owner], local[of_chunk] - starts[owner], of_file[of_chunk]
 
 
 def _grouped(starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """The parts (from `starts`, which ends with the number of all rows) that hold any of the rows, and which those are."""
+    """The parts that hold any of the rows, and which these are; `starts` ends with the number of all rows."""
     owners = np.searchsorted(starts, rows, side="right") - 1
     order = np.argsort(owners, kind="stable")
     first, last = owners[order[0]], owners[order[-1]]
-    assert 0 <= first and last < len(starts) - 1, "a row number lies outside the folder"
+    assert first >= 0 and last < len(starts) - 1, "a row number lies outside the folder"
     cuts = [0, *(np.flatnonzero(np.diff(owners[order])) + 1).tolist(), len(rows)]
     for start, stop in pairwise(cuts):
         yield int(owners[order[start]]), order[start:stop]
