@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -215,7 +214,7 @@ def measure(args: argparse.Namespace, folder: Path, config: RunConfig) -> dict[s
     for path, size in zip(corpora.values(), args.gigabytes, strict=True):
         make_corpus(path, size, args.read_seq_len, args.read_vocab)
     os.environ.pop("RAY_ADDRESS", None)
-    connect(replace(config, cluster=replace(config.cluster, workers=3)))  # one alone and two at once
+    connect(config)
     try:
         bench, smallest = Bench(args, config), next(iter(corpora.values()))
         result |= {f"workers {world}": bench.speed(world, smallest) for world in (1, 2)}
