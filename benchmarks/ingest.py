@@ -176,14 +176,13 @@ class Bench:
             "first_batch_s": {"cold": max(f["first_s"] for f in cold), **spread(first)},
         }
 
-    def stall(self, folder: Path, step_s: float) -> dict[str, Any]:
+    def stall(self, folder: Path, step_s: float) -> dict[str, float]:
         """Of two workers that compute for `step_s` after every batch: part of the time in which they wait for one."""
-        parts: dict[str, list[float]] = {"ray": [], "map": []}
-        for _ in range(self._args.rounds):
-            for kind, values in parts.items():
-                found = self.turn(2, kind, folder, self._args.stall_steps, step_s)
-                values.append(max(f["waited_s"] / (f["seconds"] - f["first_s"]) for f in found))
-        return {"step_s": step_s, **{f"{kind}_waiting_fraction": spread(values) for kind, values in parts.items()}}
+        result = {"step_s": step_s}
+        for kind in ("ray", "map"):
+            found = self.turn(2, kind, folder, self._args.stall_steps, step_s)
+            result[f"{kind}_waiting_fraction"] = max(f["waited_s"] / (f["seconds"] - f["first_s"]) for f in found)
+        return result
 
     def held(self, folder: Path) -> dict[str, Any]:
         """What is held while one worker reads a whole corpus, in MB."""
@@ -234,7 +233,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--read-vocab", type=int, default=50257, help="of the corpora, at most 65536")
     p.add_argument("--read-batch", type=int, default=64, help="sequences of a global batch of the corpora")
     p.add_argument("--batches", type=int, default=3000, help="batches of one turn")
-    p.add_argument("--stall-steps", type=int, default=40)
+    p.add_argument("--stall-steps", type=int, default=30, help="training steps that may wait for a batch")
     return p.parse_args()
 
 
