@@ -157,7 +157,9 @@ class Bench:
 
     def _next(self) -> Batch:
         self._step += 1
-        return to_batch(next(self._rows), self._parts.seq_len, self._parts.device)
+        return to_batch(
+            next(self._rows), self._parts.config.train.global_batch, self._parts.seq_len, self._parts.device
+        )
 
     def plain(self) -> float:
         """Seconds of a step of plain training."""

@@ -49,7 +49,7 @@ def make_cases(args: argparse.Namespace, folder: Path) -> list[Case]:
 
     cases = []
     for size in (int(batch * f) for f in FACTORS):
-        if size >= 2 and size % args.workers == 0:
+        if size >= max(2, args.workers):
             cases.append(case("global batch", size, size, f"train.global_batch={size}"))
     for size in (int(length * f) for f in FACTORS):
         if size >= 2:

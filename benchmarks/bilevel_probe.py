@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from bilevel_reference import PhiKernel, Reference, direction, problem, take, target_gradient
 from torch import Tensor
 
 from ray_dwm.config import BilevelConfig, RunConfig
 from ray_dwm.data.plan import target_rows
-from ray_dwm.engine.batch import Batch, to_batch
+from ray_dwm.engine.batch import Batch, take_share, to_batch
 from ray_dwm.engine.bilevel import BilevelStep, centred_cosine
 from ray_dwm.engine.contraction import FiniteDifference
 from ray_dwm.engine.loop import Parts
@@ -72,7 +71,7 @@ def walk(config: RunConfig, plan: Plan) -> list[Tables]:
     found: list[Tables] = []
     olds: dict[int, Moment] = {}
     for step in range(max(plan.points) + 1):
-        batch = to_batch(next(rows), parts.seq_len, parts.device)
+        batch = to_batch(next(rows), config.train.global_batch, parts.seq_len, parts.device)
         if step == 0:
             coarse.step(0, batch, None)  # its optimizer makes the state that a look will overwrite
             coarse.zero_grad()
@@ -123,10 +122,8 @@ class Look:
 
     def _targets(self, start: int, stop: int) -> Batch:
         """This rank's share of some of the pool's sequences."""
-        share = (stop - start) // dist.get_world_size()
-        first = start + dist.get_rank() * share
-        rows = self._parts.targets["target"].take(self._pool[first : first + share])
-        return to_batch(rows, self._parts.seq_len, self._parts.device)
+        parts = self._parts
+        return take_share(parts.targets["target"], self._pool[start:stop], parts.seq_len, parts.device)
 
     def _exact(self, groups: slice) -> Tensor:
         """Alignments with the token mean over some groups, (B,)."""
@@ -170,8 +167,7 @@ class Look:
             result = lower.step(moment.step, moment.batch, self._weigher)
             found = bilevel.finish(moment.batch, result)
             lower.zero_grad()
-        positions_C = all_gather_rows(dist.get_rank() * len(self._now.batch) + found.rows_c)
-        return self._compare(all_gather_rows(found.alignments_c), positions_C, self._first(config.target_batch))
+        return self._compare(found.alignments_C, found.positions_C, self._first(config.target_batch))
 
     def _epsilons(self, precision: str, targets: int) -> Rows:
         """Finite differences of several lengths with the exact u."""

@@ -18,11 +18,11 @@ from transformers import LlamaForCausalLM
 
 from ray_dwm.config import BilevelConfig
 from ray_dwm.core.hypergradient import adamw_jacobian, clip_coefficient, clip_transpose
-from ray_dwm.core.losses import sample_losses
+from ray_dwm.core.losses import sample_losses, token_losses
 from ray_dwm.core.weighting import standardise, weights_from_scores, whole_batch
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.contraction import FiniteDifference, Problem, Shards, shards_of, whole
-from ray_dwm.engine.mesh import all_gather_rows, shard, shards_dot
+from ray_dwm.engine.mesh import all_gather_rows, shard
 from ray_dwm.engine.step import LowerLevel, StepResult, forward_losses, tokens_per_sample
 from ray_dwm.models.dwm import DataWeightingModel
 
@@ -74,7 +74,7 @@ def direction(lower: LowerLevel, taken: Taken, v: Shards) -> Shards:
     if coefficient == 1.0:
         return scaled
     grads = [g / coefficient for g in taken.clipped]
-    dot = shards_dot(grads, scaled)
+    dot = lower.layout.dot(grads, scaled)
     return [clip_transpose(s, g, dot, norm, c.clip_norm) for s, g in zip(scaled, grads, strict=True)]
 
 
@@ -122,7 +122,8 @@ def _single_gradients(lower: LowerLevel, taken: Taken) -> Tensor:
     for i in range(len(batch)):
         one = slice(i, i + 1)
         logits = twin(input_ids=batch.input_ids[one]).logits
-        loss = sample_losses(logits, batch.input_ids[one], batch.mask[one], taken.result.tokens_per_sample).sum()
+        losses_1T = token_losses(logits, batch.input_ids[one])
+        loss = sample_losses(losses_1T, batch.mask[one], taken.result.tokens_per_sample).sum()
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     return torch.stack(rows)
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
-from ray_dwm.config import BilevelConfig, TrainConfig
-from ray_dwm.core.losses import predicted_mask, sample_losses
+from ray_dwm.config import BilevelConfig, ParallelConfig, TrainConfig
+from ray_dwm.core.losses import predicted_mask, sample_losses, token_losses
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.bilevel import BilevelStep
 from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.step import LowerLevel
-from ray_dwm.models.lm import build_lm, lm_config
+from ray_dwm.models.lm import Lm, build_lm, lm_config
 
 PEERS = {"torchopt": "0.7.3", "higher": "0.2.1"}
 """Name and the version that the adapters were written for."""
@@ -50,8 +50,15 @@ class Problem:
     lr: float = 1e-3
 
     def model(self) -> LlamaForCausalLM:
-        """The LM before its warm steps."""
-        return build_lm(lm_config(self.preset, vocab_size=self.vocab, seq_len=self.seq_len), seed=0).to(device())
+        """The LM before its warm steps, as transformers has it."""
+        lm = self.lm()
+        plain = LlamaForCausalLM(lm.config)
+        plain.load_state_dict(lm.state_dict())
+        return plain.to(device())
+
+    def lm(self) -> Lm:
+        """The same as ours."""
+        return build_lm(lm_config(self.preset, vocab_size=self.vocab, seq_len=self.seq_len), seed=0)
 
     def tokens(self, sequences: int, domains: int, seed: int) -> Tensor:
         """A batch of token ids; every token but a sequence's first is predicted."""
@@ -144,7 +151,8 @@ def engine(bilevel: BilevelConfig | None, problem: Problem) -> Contender:
         schedule="constant",
         warmup_steps=0,
     )
-    lower = LowerLevel(parallelize(problem.model(), init_mesh(), "fp32"), config, total_steps=1)
+    mesh = init_mesh()
+    lower = LowerLevel(parallelize(problem.lm(), mesh, "fp32", ParallelConfig()), mesh, config)
     for step in range(problem.warm_steps):
         lower.step(step, _batch(problem.tokens(problem.batch, 2, 100 + step)), None)
         lower.zero_grad()
@@ -156,7 +164,7 @@ def engine(bilevel: BilevelConfig | None, problem: Problem) -> Contender:
         if upper is not None:
             upper.begin(problem.warm_steps, 0, batch, {"target": target})
         result = lower.step(problem.warm_steps, batch, weighting)
-        found = result.losses_b if upper is None else upper.finish(batch, result).alignments_c
+        found = result.losses_b if upper is None else upper.finish(batch, result).alignments_C
         lower.zero_grad()
         return found
 
@@ -173,7 +181,8 @@ def _batch(ids_BT: Tensor) -> Batch:
 
 def losses(model: Callable[..., Any], ids_BT: Tensor) -> Tensor:
     """l_i of every sequence in nats per token, shape (B,)."""
-    return sample_losses(model(input_ids=ids_BT).logits, ids_BT, predicted_mask(None, ids_BT), ids_BT.shape[1] - 1)
+    losses_BT = token_losses(model(input_ids=ids_BT).logits, ids_BT)
+    return sample_losses(losses_BT, predicted_mask(None, ids_BT), ids_BT.shape[1] - 1)
 
 
 def _at(model: LlamaForCausalLM, names: Sequence[str], values: Sequence[Tensor]) -> Callable[..., Any]:

@@ -41,7 +41,7 @@ def bare(config: RunConfig, steps: int) -> float:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=(train.beta1, train.beta2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
     shape = (train.global_batch // world, tokens)
     batches = torch.randint(0, manifest.vocab_size, (WARM_STEPS + steps, *shape), device=device())
     start = 0.0

@@ -19,7 +19,10 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file with what differs from the defaults.")]
+Config = Annotated[
+    list[Path] | None,
+    typer.Option("--config", help="YAML file with what differs from the defaults; a further one goes over it."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.steps=200 dwm.size=s", metavar="KEY=VALUE")
 ]
@@ -34,8 +37,8 @@ def _check_output(output: Path | None) -> None:
         raise UserError(f"--output {output} cannot be written: name a file in a folder that exists")
 
 
-def _load(config: Path | None, overrides: list[str] | None) -> RunConfig:
-    return load([config] if config else [], overrides or [])
+def _load(config: list[Path] | None, overrides: list[str] | None) -> RunConfig:
+    return load(config or [], overrides or [])
 
 
 @app.command()

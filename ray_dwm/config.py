@@ -77,29 +77,36 @@ class RunConfig:
         require(bool(self.storage), "storage is empty: name a folder")
         require("://" not in self.storage, f"storage is {self.storage!r}: it must be a mounted folder, not an address")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must lie between 0 and 2^63 - 1")
-        self.local_batch("train.global_batch", self.train.global_batch)
-        if self.target_draw is not None:
-            self.local_batch(*self.target_draw)
+        most, batch = self.cluster.most_workers, self.train.global_batch
+        require(most <= batch, f"cluster.workers is {most}, train.global_batch {batch}: a worker needs a sequence")
+        self._check_layout()
+        require(
+            not self.train.profile or self.train.profile_first < self.train.steps,
+            f"train.profile_first is {self.train.profile_first}, but the run has {self.train.steps} steps: lower it",
+        )
         if self.learns_dwm:
             self._check_fraction()
             self._check_estimator()
             self._check_targets()
             self._check_stages()
 
-    def local_batch(self, key: str, sequences: int) -> int:
-        """Sequences per worker, split into whole micro-batches."""
-        workers, micro = self.cluster.workers, self.train.micro_batch
+    def _check_layout(self) -> None:
+        shard, most = self.parallel.shard, self.cluster.most_workers
         require(
-            sequences % workers == 0,
-            f"{key} is {sequences}, not divisible by cluster.workers = {workers}: use a multiple of {workers}",
+            not (self.cluster.elastic and shard > 1),
+            f"cluster.workers is elastic, and parallel.shard = {shard} does not divide every number of workers: set "
+            "parallel.shard to 0 or 1, or cluster.workers to one number",
         )
-        local = sequences // workers
         require(
-            local % min(micro, local) == 0,
-            f"{key} = {sequences} gives {local} sequences per worker, not divisible by "
-            f"train.micro_batch = {micro}: choose a divisor of {local}",
+            shard == 0 or most % shard == 0,
+            f"parallel.shard is {shard}, which does not divide cluster.workers = {most}: use a divisor, or 0 for all "
+            "workers",
         )
-        return local
+        require(
+            not (self.parallel.cpu_offload and self.learns_dwm),
+            "parallel.cpu_offload keeps the parameters away from where a DWM is learnt: set it to false and shard "
+            "over more workers, or set weighting.method=uniform or dwm.mode=frozen",
+        )
 
     def _check_targets(self) -> None:
         names = {"target", *self.data.more_targets}
@@ -110,11 +117,10 @@ class RunConfig:
             )
         weights = [self.bilevel.target_weights.get(name, 1.0) for name in names]
         require(sum(weights) > 0, "bilevel.target_weights are all 0: at least one target set must count")
-        parts = len(names) * self.cluster.workers
         require(
-            self.bilevel.target_batch % parts == 0,
-            f"bilevel.target_batch is {self.bilevel.target_batch}: with {len(names)} target sets and "
-            f"{self.cluster.workers} workers use a multiple of {parts}",
+            self.bilevel.target_batch % len(names) == 0,
+            f"bilevel.target_batch is {self.bilevel.target_batch}: with {len(names)} target sets use a multiple of "
+            f"{len(names)}",
         )
 
     def _check_stages(self) -> None:
@@ -143,12 +149,12 @@ class RunConfig:
         )
 
     def _check_fraction(self) -> None:
-        local, fraction = self.local_batch("train.global_batch", self.train.global_batch), self.bilevel.fraction
-        divisors = [m for m in range(1, local + 1) if local % m == 0 and self.train.global_batch // m >= 2]
-        fits = any(abs(fraction * m - 1) < 1e-6 for m in divisors)
+        batch, fraction = self.train.global_batch, self.bilevel.fraction
+        require(batch >= 2, f"train.global_batch is {batch}: a DWM weighs sequences against each other, use at least 2")
+        divisors = [m for m in range(1, batch // 2 + 1) if batch % m == 0]
         require(
-            fits,
-            f"bilevel.fraction is {fraction:g}: with {local} sequences per worker it must be one of "
+            any(abs(fraction * m - 1) < 1e-6 for m in divisors),
+            f"bilevel.fraction is {fraction:g}: with train.global_batch = {batch} it must be one of "
             + ", ".join(f"{1 / m:.6g}" for m in divisors),
         )
 

@@ -95,7 +95,13 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
         of_values = typing.get_args(kind)[1]
         return {str(k): _convert(v, of_values, f"{path}.{k}") for k, v in value.items()}
     if origin in (typing.Union, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        single, several = typing.get_args(kind)  # one value, or a tuple
+        return _convert(value, several if isinstance(value, (list, tuple)) or "," in str(value) else single, path)
+    if origin is tuple:
+        parts = value if isinstance(value, (list, tuple)) else str(value).strip().strip("[]").split(",")
+        kinds = typing.get_args(kind)
+        require(len(parts) == len(kinds), f"{path} is {value}: it must be one value or {len(kinds)}, as in [1, 2]")
+        return tuple(_convert(part, of, path) for part, of in zip(parts, kinds, strict=True))
     require(not isinstance(value, (Mapping, list)), f"{path} is {value!r}: it must be a single value")
     text = str(value).strip()
     if origin is Literal:

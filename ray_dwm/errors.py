@@ -30,5 +30,9 @@ class ResourceError(UserError):
     """Ray cannot be reached, or the cluster is smaller than the configuration asks."""
 
 
+class Stopped(DwmError):
+    """The run was asked to end and has saved a checkpoint: the same command continues."""
+
+
 class TrainingError(DwmError):
     """The run failed while it was running (NaN loss, collapsed weights, full disk); the last checkpoint is intact."""

@@ -234,7 +234,7 @@ class BilevelConfig:
     target_weights: dict[str, float] = field(default_factory=dict)
     """Name of a target set -> its weight in the target loss (1 where it is not named); they are normalised."""
     fraction: float = 1.0
-    """Part of the training batch that is contracted: 1/m with m a divisor of a worker's sequences."""
+    """Part of the training batch that is contracted: 1/m with m a divisor of train.global_batch."""
     reuse: int = 1
     """Bi-level steps that use one target gradient."""
     max_staleness: int = 50
@@ -294,10 +294,10 @@ class BilevelConfig:
 
 @frozen
 class ParallelConfig:
-    """How the LM is laid out over the workers and their memory; none of it changes what is computed, but for rounding."""
+    """How the LM is laid out over workers and memory; none of it changes what is computed, but for rounding."""
 
     shard: int = 0
-    """Workers that share one copy of the LM (FSDP); a divisor of cluster.workers gives several copies (HSDP); 0: all."""
+    """Workers that share one copy of the LM (FSDP); a divisor of cluster.workers gives several copies (HSDP); 0: all"""
     reshard_after_forward: bool = True
     """Gather each block's parameters again for the backward, instead of holding them from the forward on."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -317,7 +317,9 @@ class ParallelConfig:
 class ClusterConfig:
     """What the run asks of Ray."""
 
-    workers: int = 2
+    workers: int | tuple[int, int] = 2
+    """A number, or [least, most]: an elastic group, which Ray Train shrinks when a node is lost and grows when one
+    comes. The global batch stays the same, and no number need divide it."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     dwm_cpus: float = 1.0
@@ -328,9 +330,41 @@ class ClusterConfig:
     """Object store memory that one worker's ingest may hold."""
 
     def __post_init__(self) -> None:
-        positive("cluster", self, "workers", "cpus_per_worker", "ingest_memory_mb")
+        positive("cluster", self, "cpus_per_worker", "ingest_memory_mb")
+        require(self.least_workers > 0, f"cluster.workers is {self.least_workers}: it must be greater than 0")
+        require(
+            self.least_workers <= self.most_workers,
+            f"cluster.workers is [{self.least_workers}, {self.most_workers}]: the first number is the least of them",
+        )
         not_negative("cluster", self, "gpus_per_worker", "dwm_cpus", "dwm_gpus")
+        for name in ("cpus_per_worker", "gpus_per_worker"):
+            value = getattr(self, name)
+            require(
+                not self.elastic or value == int(value),
+                f"cluster.{name} is {value}: where cluster.workers is elastic it must be a whole number, by which Ray "
+                "counts how many workers a node holds",
+            )
+        require(
+            not self.elastic or self.dwm_gpus == 0,
+            f"cluster.dwm_gpus is {self.dwm_gpus}: it must be 0 where cluster.workers is elastic, because Ray counts "
+            "all GPUs of a node as the workers'",
+        )
         require(self.max_failures >= -1, f"cluster.max_failures is {self.max_failures}: it must be at least -1")
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return self.least_workers < self.most_workers
 
 
 @frozen

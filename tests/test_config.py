@@ -56,10 +56,17 @@ def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_pa
         ("weighting:\n  tau: 0\n", "weighting.tau is 0.0: it must be greater than 0"),
         ("weighting:\n  anchor_every: 0\n", "weighting.anchor_every is 0: it must be greater than 0"),
         ("weighting:\n  anchor_sequences: 0\n", "weighting.anchor_sequences is 0: it must be greater than 0"),
-        (
-            "weighting:\n  method: joint_update_aware\n  anchor_sequences: 3\n",
-            "weighting.anchor_sequences is 3, not divisible by cluster.workers = 2",
-        ),
+        ("train:\n  global_batch: 6\nbilevel:\n  fraction: 0.25\n", "bilevel.fraction is 0.25: .* one of 1, 0.5, 0.33"),
+        ("train:\n  global_batch: 1\ncluster:\n  workers: 1\n", "train.global_batch is 1: a DWM weighs"),
+        ("train:\n  global_batch: 2\ncluster:\n  workers: 3\n", "cluster.workers is 3, train.global_batch 2"),
+        ("cluster:\n  workers: [2, 1]\n", r"cluster.workers is \[2, 1\]: the first number is the least"),
+        ("cluster:\n  workers: 0\n", "cluster.workers is 0: it must be greater than 0"),
+        ("cluster:\n  workers: [0, 2]\n", "cluster.workers is 0: it must be greater than 0"),
+        ("cluster:\n  workers: [1, 2, 3]\n", "cluster.workers is .*: it must be one value or 2"),
+        ("cluster:\n  workers: [1, two]\n", "cluster.workers is 'two': it must be of type int"),
+        ("cluster:\n  workers: [1, 2]\nparallel:\n  shard: 2\n", "elastic, and parallel.shard = 2"),
+        ("cluster:\n  workers: [1, 2]\n  cpus_per_worker: 0.5\n", "cluster.cpus_per_worker is 0.5: .* whole"),
+        ("cluster:\n  workers: [1, 2]\n  dwm_gpus: 0.5\n", "cluster.dwm_gpus is 0.5: .* elastic"),
         ("bilevel:\n  warmup_steps: 0\n", "hypergradient is noise"),
         ("name: a/b\n", "use letters, digits"),
     ],
@@ -97,3 +104,16 @@ def test_what_the_method_decides(overrides: list[str], draw: tuple[str, int] | N
 def test_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ConfigError("a line")))
     assert (type(error), str(error), error.exit_code) == (ConfigError, "a line", 2)
+
+
+@pytest.mark.parametrize("size", ["370m", "1.3b"])
+def test_recipes_have_30_billion_tokens_and_both_schedules(size: str) -> None:
+    """Half a million to a million tokens a batch, the budget met to a batch, every N steps or in five stages."""
+    every_n = load([ROOT / "configs" / f"{size}.yaml"])
+    tokens = every_n.train.global_batch * every_n.prepare.seq_len
+    assert 0.5e6 <= tokens <= 1.05e6
+    assert 0 <= every_n.train.steps * tokens - 30e9 < tokens
+    assert (every_n.bilevel.every, every_n.bilevel.stages) == (10, 0)
+    staged = load([ROOT / "configs" / f"{size}.yaml", ROOT / "configs" / "5-stages.yaml"])
+    assert staged.bilevel.stages == 5
+    assert staged.train == every_n.train

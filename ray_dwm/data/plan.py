@@ -50,20 +50,26 @@ class ReadPlan:
         return sum(self.rows_per_file) // self.global_batch
 
     def rows(self, batch: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
-        """Row numbers of one rank's share of global batch `batch` (counted over all epochs), shape (B / world,)."""
+        """Row numbers of one rank's share of global batch `batch` (counted over all epochs), see `share_positions`."""
         epoch, within = divmod(batch, self.batches_per_epoch)
-        share = self.global_batch // world
-        start = within * self.global_batch + rank * share
-        return self._span(epoch, start, start + share)
+        return self._at(epoch, within * self.global_batch + share_positions(self.global_batch, rank, world))
 
-    def _span(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Row numbers at positions start..stop-1 of an epoch's order."""
+    def _at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers at ascending positions of an epoch's order."""
         _, bounds = _epoch_windows(self, epoch)
-        first = int(np.searchsorted(bounds, start, side="right")) - 1
-        last = int(np.searchsorted(bounds, stop - 1, side="right")) - 1
+        first, last = (int(np.searchsorted(bounds, positions[end], side="right")) - 1 for end in (0, -1))
         order = np.concatenate([_window_rows(self, epoch, window) for window in range(first, last + 1)])
-        offset = int(bounds[first])
-        return order[start - offset : stop - offset]
+        return order[positions - int(bounds[first])]
+
+
+def share_positions(size: int, rank: int, world: int) -> NDArray[np.int64]:
+    """Positions of one rank's share of `size` sequences, shape (ceil(size / world),): as many on every rank.
+
+    Ranks take consecutive parts, so that what they bring, in rank order, begins with the `size` sequences. What the
+    last ranks lack is padded with copies of the last sequence, which must not count.
+    """
+    share = -(-size // world)
+    return np.minimum(np.arange(rank * share, (rank + 1) * share, dtype=np.int64), size - 1)
 
 
 _BLOCKS, _WINDOW, _TARGET = range(3)

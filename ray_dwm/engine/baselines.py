@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.reweighting import anchor_alignment, annealed_r, joint_update_aware_weights, loss_based_weights
@@ -15,9 +14,10 @@ from ray_dwm.core.weighting import log_relative
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.engine.batch import draw
 from ray_dwm.engine.learner import State
-from ray_dwm.engine.mesh import all_gather_rows, all_sum
+from ray_dwm.engine.mesh import all_gather_rows
 from ray_dwm.engine.step import losses_and_statistics
 from ray_dwm.engine.weighting import Stateless, Statistics
+from ray_dwm.models.lm import Lm
 
 
 class LossWeighting(Stateless):
@@ -29,7 +29,7 @@ class LossWeighting(Stateless):
     statistics: Statistics = "loss"
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config.weighting
+        self._config, self._size = config.weighting, config.train.global_batch
         self._step = 0
 
     def advance(self, step: int) -> None:
@@ -42,7 +42,7 @@ class LossWeighting(Stateless):
         assert statistics_bS is not None
         c = self._config
         r = annealed_r(self._step, warmup_steps=c.r_warmup_steps, r_final=c.r, anneal_steps=c.r_anneal_steps)
-        losses_B = all_gather_rows(statistics_bS).squeeze(1)
+        losses_B = all_gather_rows(statistics_bS)[: self._size].squeeze(1)
         counted_B = losses_B != 0
         weights_B = torch.full_like(losses_B, 1.0 / len(losses_B))
         if bool(counted_B.any()):
@@ -56,9 +56,7 @@ class JointUpdateAwareWeighting(Stateless):
 
     statistics: Statistics = "embedding"
 
-    def __init__(
-        self, config: RunConfig, model: LlamaForCausalLM, target: ShardReader, seq_len: int, device: torch.device
-    ) -> None:
+    def __init__(self, config: RunConfig, model: Lm, target: ShardReader, seq_len: int, device: torch.device) -> None:
         self._config, self._model, self._target = config, model, target
         self._seq_len, self._device = seq_len, device
         self._anchor_D = torch.zeros(model.config.hidden_size, device=device)
@@ -75,14 +73,14 @@ class JointUpdateAwareWeighting(Stateless):
         batch = draw(self._target, size, refresh, self._config.seed, self._seq_len, self._device)
         parts = batch.micro_batches(self._config.train.micro_batch)
         embeddings = [losses_and_statistics(self._model, part, 1.0, self.statistics)[1] for part in parts]
-        return all_sum(torch.stack([x.sum(dim=0) for x in embeddings if x is not None]).sum(dim=0)) / size
+        return all_gather_rows(torch.cat([x for x in embeddings if x is not None]))[:size].mean(dim=0)
 
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
         del input_ids_bT
         assert statistics_bS is not None
-        alignment_B, gram_BB = anchor_alignment(all_gather_rows(statistics_bS), self._anchor_D)
-        c = self._config.weighting
+        c, size = self._config.weighting, self._config.train.global_batch
+        alignment_B, gram_BB = anchor_alignment(all_gather_rows(statistics_bS)[:size], self._anchor_D)
         weights_B = joint_update_aware_weights(alignment_B, gram_BB, c.beta, c.tau)
         return log_relative(weights_B), weights_B
 

@@ -6,18 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_dwm.core.losses import predicted_mask
-from ray_dwm.data.plan import ReadPlan, target_rows
+from ray_dwm.data.plan import ReadPlan, share_positions, target_rows
 from ray_dwm.data.shards import Rows, ShardReader
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """b = this rank's sequences, T = tokens."""
+    """b = this rank's sequences, as many on every rank, T = tokens.
+
+    Where the ranks do not divide the batch, the last ones have padding at their end: sequences that do not count.
+    """
 
     sample_ids: Tensor
     """(b,)"""
@@ -44,24 +49,28 @@ class Batch:
         ]
 
 
-def to_batch(rows: Rows, seq_len: int, device: torch.device) -> Batch:
-    """Rows as tensors, cut to the first `seq_len` tokens."""
-    input_ids = torch.from_numpy(rows.input_ids[:, :seq_len].astype("int64")).to(device)
+def to_batch(rows: Rows, size: int, seq_len: int, device: torch.device) -> Batch:
+    """This rank's share of `size` rows as tensors, cut to the first `seq_len` tokens; nothing of padding counts."""
+    real = np.arange(len(rows)) < size - dist.get_rank() * len(rows)
+    input_ids = torch.from_numpy(rows.input_ids[:, :seq_len].astype(np.int64)).to(device)
     loss_mask = None if rows.loss_mask is None else torch.from_numpy(rows.loss_mask[:, :seq_len]).to(device)
     return Batch(
         torch.from_numpy(rows.sample_ids.copy()),
         torch.from_numpy(rows.domains.astype("int64")),
         input_ids,
-        predicted_mask(loss_mask, input_ids),
+        predicted_mask(loss_mask, input_ids) & torch.from_numpy(real).to(device)[:, None],
     )
+
+
+def take_share(reader: ShardReader, rows: NDArray[np.int64], seq_len: int, device: torch.device) -> Batch:
+    """This rank's share of some rows of a set."""
+    own = rows[share_positions(len(rows), dist.get_rank(), dist.get_world_size())]
+    return to_batch(reader.take(own), len(rows), seq_len, device)
 
 
 def draw(reader: ShardReader, sequences: int, number: int, seed: int, seq_len: int, device: torch.device) -> Batch:
     """This rank's share of the `number`-th random draw of `sequences` rows of a set, over all ranks."""
-    rows = target_rows(reader.manifest.rows, sequences, number, seed)
-    share = sequences // dist.get_world_size()
-    start = dist.get_rank() * share
-    return to_batch(reader.take(rows[start : start + share]), seq_len, device)
+    return take_share(reader, target_rows(reader.manifest.rows, sequences, number, seed), seq_len, device)
 
 
 class BatchSource(Protocol):

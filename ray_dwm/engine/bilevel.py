@@ -6,7 +6,7 @@ Order of events at a bi-level step, theta -> theta' being the LM's ordinary step
     finish: with target_at=theta_prime, v = grad L_target(theta'); u = C^T (D * v); a_i = -lr <u, grad l_i(theta)>
 Everything works on this rank's shards; inner products are summed over ranks.
 
-Legend: b = this rank's sequences of the global batch, c = those that are contracted.
+Legend: b = this rank's sequences of the global batch, c = those that are contracted, C = those of all ranks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ray_dwm.config import BilevelConfig
 from ray_dwm.core.hypergradient import adamw_gain, adamw_jacobian, clip_coefficient, clip_transpose, sgd_jacobian
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import synchronize
-from ray_dwm.engine.contraction import Estimator, FiniteDifference, Oracle, Problem, Shards, shards_of
+from ray_dwm.engine.contraction import Contracted, Estimator, FiniteDifference, Oracle, Problem, Shards, shards_of
 from ray_dwm.engine.ghost import Ghost
-from ray_dwm.engine.mesh import all_gather_rows, all_sum, shard, shards_dot, shards_norm
+from ray_dwm.engine.mesh import all_sum, own_rows, shard
 from ray_dwm.engine.sketch import GhostLowRank
 from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.target import TargetGradient, Targets
@@ -46,10 +46,10 @@ PROBE = 0.1
 class Outcome:
     """What a bi-level step brings."""
 
-    alignments_c: Tensor
-    """a_i of the contracted sequences, (c,)."""
-    rows_c: Tensor
-    """Their rows in this rank's share."""
+    alignments_C: Tensor
+    """a_i of the contracted sequences of all ranks, (C,)."""
+    positions_C: Tensor
+    """Their places in the global batch."""
     figures: dict[str, float]
     """For metrics.jsonl."""
 
@@ -61,7 +61,7 @@ class _Begun:
     step: int
     targets: Targets
     theta: Shards
-    rows_c: Tensor
+    contracted: Contracted
     direction: Shards | None = None
     """u, where it is made before the step: `ghost`."""
     audit: bool = False
@@ -98,10 +98,10 @@ class BilevelStep:
         """Before LM step `step`, which makes DWM version `update` + 1."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         stride = round(1 / self._config.fraction)
-        rows_c = torch.arange(update % stride, len(batch), stride, device=batch.input_ids.device)
+        contracted = Contracted.choose(update % stride, stride, batch, self._lower.config.global_batch)
         audit = self._config.fidelity_every > 0 and update % self._config.fidelity_every == 0
         theta = self._lower.snapshot() if audit or self._estimator.needs_theta else []
-        begun = _Begun(step, targets, theta, rows_c, audit=audit)
+        begun = _Begun(step, targets, theta, contracted, audit=audit)
         if begun.audit:
             begun.before = self._lower.everything()
         if self._config.target_at == "theta":
@@ -110,7 +110,7 @@ class BilevelStep:
                 with self._timed("direction"), torch.no_grad():
                     begun.direction = [self._gain(p) * x for p, x in zip(self._parameters, self.target.v, strict=True)]
         with self._timed("direction"):
-            self._estimator.watch(rows_c, begun.direction)
+            self._estimator.watch(contracted.rows_c, begun.direction)
         self._begun, self._update = begun, update
 
     def finish(self, batch: Batch, result: StepResult) -> Outcome:
@@ -133,7 +133,7 @@ class BilevelStep:
             u = begun.direction or self._direction(self.target.v, clipped, result.grad_norm, consume=spare)
             self._require_finite(u, result)
         with self._timed("contraction"):
-            dots_c = self._estimator.contract(self._problem(begun, u, batch, result, begun.rows_c))
+            dots_c = self._estimator.contract(self._problem(begun, u, batch, result, begun.contracted.rows_c))
         if begun.direction is not None:  # the clipping was not known yet; its radial part stays unknown
             dots_c = clip_coefficient(result.grad_norm, self._lower.config.clip_norm) * dots_c
         if not bool(torch.isfinite(all_sum(dots_c.sum()))):
@@ -141,22 +141,22 @@ class BilevelStep:
                 f"the alignments of step {begun.step} are not finite (bilevel.estimator={self._config.estimator}): try "
                 "bilevel.estimator=central, or lower train.lr; the last checkpoint is intact"
             )
+        found = Outcome(*begun.contracted.gather(-result.lr * dots_c), figures)
         if begun.audit:
             with self._timed("fidelity"):
                 figures["dwm/fidelity"] = self._fidelity(begun, dots_c, clipped, batch, result)
-                figures |= self._try_out(begun, -result.lr * dots_c, batch, result)
+                figures |= self._try_out(begun, found, batch, result)
         if self._config.reuse == 1:
             self.target.forget()
-        return Outcome(-result.lr * dots_c, begun.rows_c, figures)
+        return found
 
     def _problem(self, begun: _Begun, u: Shards, batch: Batch, result: StepResult, rows_c: Tensor) -> Problem:
-        start = dist.get_rank() * len(batch)
         return Problem(
             theta=begun.theta,
             direction=u,
             batch=batch.rows(rows_c),
             losses_c=result.losses_b[rows_c],
-            scale_c=dist.get_world_size() * result.weights_B[start + rows_c],
+            scale_c=dist.get_world_size() * own_rows(result.weights_B, len(batch))[rows_c],
             tokens=result.tokens_per_sample,
         )
 
@@ -185,7 +185,7 @@ class BilevelStep:
         if coefficient == 1.0:
             return u
         # With g_c = k g, <g, x> g = <g_c, x> g_c / k^2: the unclipped gradient need not be made again.
-        dot = shards_dot(clipped, u) / coefficient**2
+        dot = self._lower.layout.dot(clipped, u) / coefficient**2
         for index, g in enumerate(clipped):
             u[index] = clip_transpose(u[index], g, dot, norm, max_norm)
         return u
@@ -206,7 +206,7 @@ class BilevelStep:
         return adamw_gain(square, int(state["step"]), config.beta1, config.beta2, config.eps)
 
     def _require_finite(self, u: Shards, result: StepResult) -> None:
-        norm = shards_norm(u)
+        norm = self._lower.layout.norm(u)
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the target set's gradient is not finite ({norm}) after a step of learning rate {result.lr:g}: "
@@ -218,7 +218,7 @@ class BilevelStep:
         figures = {}
         for name, v in self.target.by_set.items():
             scaled = [self._jacobian(p, g) * x for p, g, x in zip(self._parameters, clipped, v, strict=True)]
-            figures[f"bilevel/alignment/{name}"] = -result.lr * shards_dot(scaled, clipped)
+            figures[f"bilevel/alignment/{name}"] = -result.lr * self._lower.layout.dot(scaled, clipped)
         return figures
 
     def _fidelity(self, begun: _Begun, dots_c: Tensor, clipped: Shards, batch: Batch, result: StepResult) -> float:
@@ -230,20 +230,17 @@ class BilevelStep:
         if self._config.target_at != "theta_prime" or self.target.step != begun.step:
             v = self.target.gradient(begun.targets)[0]
         u = self._direction(v, clipped, result.grad_norm)
-        count = max(1, self._config.fidelity_sequences // dist.get_world_size())
-        problem = self._problem(begun, u, batch, result, begun.rows_c[:count])
-        judged = all_gather_rows(self._judge.contract(problem))
-        return centred_cosine(all_gather_rows(dots_c[:count]), judged)
+        some = begun.contracted.first(-(-self._config.fidelity_sequences // dist.get_world_size()))
+        judged_C, _ = some.gather(self._judge.contract(self._problem(begun, u, batch, result, some.rows_c)))
+        return centred_cosine(some.gather(dots_c[: len(some.rows_c)])[0], judged_C)
 
-    def _try_out(self, begun: _Begun, alignments_c: Tensor, batch: Batch, result: StepResult) -> dict[str, float]:
+    def _try_out(self, begun: _Begun, found: Outcome, batch: Batch, result: StepResult) -> dict[str, float]:
         """What other weights would have done to the target loss: as the alignments predict it, and as it is.
 
         The step is taken again from theta with weights moved along -a, by up to `PROBE` of themselves; then everything
         is put back. This tests the whole chain: v, D, C, the contraction and their scale.
         """
-        start = dist.get_rank() * len(batch)
-        positions_C = all_gather_rows(start + begun.rows_c)
-        alignments_C = all_gather_rows(alignments_c)
+        alignments_C, positions_C = found.alignments_C, found.positions_C
         move_C = alignments_C.mean() - alignments_C
         move_C = move_C * (PROBE * (result.weights_B[positions_C] / move_C.abs().clamp(min=1e-30)).min())
         weights_B = result.weights_B.index_add(0, positions_C, move_C)
@@ -265,11 +262,11 @@ def centred_cosine(left: Tensor, right: Tensor) -> float:
 
 def _require_plain_sharding(parameters: list[Tensor]) -> None:
     for p in parameters:
-        placed_by_rows = not isinstance(p, DTensor) or p.placements == (Shard(0),)
-        if not placed_by_rows or p.dtype != torch.float32:
+        by_rows = not isinstance(p, DTensor) or p.placements in ((Shard(0),), (Replicate(), Shard(0)))
+        if not by_rows or p.dtype != torch.float32:
             raise ConfigError(
-                f"the bi-level step knows fp32 parameters sharded by rows over all ranks, not {p.dtype} with "
-                f"{getattr(p, 'placements', 'no placement')}: use a mesh of one dimension and fp32 master parameters"
+                f"the bi-level step knows fp32 parameters sharded by rows, not {p.dtype} with "
+                f"{getattr(p, 'placements', 'no placement')}: use FSDP or HSDP with fp32 master parameters"
             )
 
 

@@ -32,7 +32,7 @@ class Budget:
 
     def __init__(self, config: RunConfig, schedule: EveryN) -> None:
         self._limit, self._most = config.bilevel.max_overhead, config.bilevel.target_batch
-        self._unit = config.cluster.workers * (1 + len(config.data.more_targets))
+        self._unit = 1 + len(config.data.more_targets)
         self._schedule = schedule
         self.target_batch = self._most
         self._reuse, self._audits = config.bilevel.reuse, config.bilevel.fidelity_every
@@ -114,8 +114,7 @@ class Budget:
         rows = state["segments"].tolist()
         self._schedule.segments = [Segment(start=a, every=n, before=b) for a, n, b in rows]
         chosen, batch = state["chosen"].tolist()
-        # Other workers than before may have another unit.
-        self._chosen, self.target_batch = bool(chosen), max(self._unit, batch // self._unit * self._unit)
+        self._chosen, self.target_batch = bool(chosen), batch
 
 
 def first_every(config: RunConfig) -> int:

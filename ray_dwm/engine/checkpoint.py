@@ -1,14 +1,13 @@
-"""DCP checkpoints: LM, optimizer, step, data cursor, RNG and the weighting's state (a DWM's optimizer too) as one.
+"""DCP checkpoints: written beside training, whole or not there, and passed over where they are damaged.
 
-A checkpoint is written to `step_*.tmp` and renamed when it is whole, so the newest `step_*` is always good.
-What DCP pickles (its table of contents, the optimizer's numbers) is only read back where it holds plain values.
+All ranks write to `step_*.tmp`; rank 0 renames it when the last of them is done: a `step_*` is whole when it appears.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +15,93 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
+from ray_dwm.config import RunConfig
 from ray_dwm.data.plan import Cursor
-from ray_dwm.engine.step import LowerLevel
-from ray_dwm.engine.upper import UpperLevel
-from ray_dwm.engine.weighting import Weighting
+from ray_dwm.engine.identity import Identity, difference, foreign, read_identity, write_identity
+from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage, first_line
+from ray_dwm.engine.state import TrainingState
 from ray_dwm.errors import TrainingError
-
-_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
 
 
 class Checkpointer:
-    """Saves and restores the training state of all ranks."""
+    """Saves and restores the training state of all ranks; they call all methods together, but for `writing`."""
 
-    def __init__(
-        self, folder: Path, keep: int, lower: LowerLevel, weighting: Weighting | None, upper: UpperLevel | None = None
-    ) -> None:
-        self._folder, self._keep, self._lower, self._weighting = folder, keep, lower, weighting
-        self._upper = upper
+    def __init__(self, config: RunConfig, state: TrainingState, identity: Identity, mesh: Mapping[str, int]) -> None:
+        self._folder, self._name, self._options = config.run_dir / "checkpoints", config.name, config.checkpoint
+        self._state, self._identity, self._mesh = state, identity, mesh
+        # A group of its own, on the CPU: the writer's collectives run beside those of the step.
+        self._group = dist.new_group(backend="gloo")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+        self._main = dist.get_rank() == 0
 
-    def _state(self, step: int, cursor: Cursor) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._lower.model, self._lower.optimizer)
-        state: dict[str, Any] = {
-            "lm": model,
-            "optimizer": optimizer,
-            "loop": {
-                "step": torch.tensor(step),
-                "cursor": torch.tensor(cursor.batches),
-                "rng": torch.get_rng_state(),
-            },
-        }
-        if self._weighting is not None:
-            state["weighting"] = self._weighting.state_dict(step)
-        if self._upper is not None and (kept := self._upper.state_dict()):
-            state["upper"] = kept
-        return state
+    def save(self, step: int, cursor: Cursor) -> None:
+        """Save the state after `step` steps, when the save before it has ended (`wait`).
 
-    def save(self, step: int, cursor: Cursor) -> Path:
-        """Write the state after `step` steps and drop the oldest checkpoints beyond `keep`.
+        Returns once the state is copied to the host's memory; without `checkpoint.asynchronous`, once it is written.
 
         Raises:
             TrainingError: no space or no permission; the checkpoints that were there are untouched.
         """
+        assert self._pending is None, "wait for the save before"
+        self._require_space()
+        state = self._state.capture(step, cursor)
+        if self._options.asynchronous:
+            self._pending = self._writer.submit(self._write, step, _copy(state))
+        else:
+            self._pending = Future()
+            self._pending.set_result(self._write(step, state))
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still at it."""
+        return self._pending is not None and not self._pending.done()
+
+    def wait(self) -> Path | None:
+        """Wait for the last save, if its end has not been told yet: its folder.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.result()
+
+    def close(self) -> None:
+        """Let the last save end, whatever comes of it."""
+        self._writer.shutdown()
+
+    def _write(self, step: int, state: dict[str, Any]) -> Path:
         path = self._folder / f"step_{step:09d}"
         temporary = path.with_suffix(".tmp")
-        state = self._state(step, cursor)
-        self._require_space()
         try:
-            dcp.save(state, checkpoint_id=temporary)
-        except (OSError, RuntimeError, CheckpointException) as error:
+            # On rank 0 it returns when all ranks have written, and the table of contents is there.
+            dcp.save(state, checkpoint_id=temporary, process_group=self._group)
+            if self._main:
+                write_identity(temporary, self._identity, self._mesh)
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.rename(path)
+                self._drop_old()
+        except (OSError, CheckpointException) as error:  # a lost rank is another error, which a restart mends
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(
-                f"the checkpoint of step {step} cannot be written to {self._folder} ({str(error).splitlines()[0]}): "
+                f"the checkpoint of step {step} cannot be written to {self._folder} ({first_line(_cause(error))}): "
                 "free space there and start the same command again; the last checkpoint is intact"
             ) from None
-        if dist.get_rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
-            for old in list_checkpoints(self._folder)[: -self._keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
         return path
+
+    def _drop_old(self) -> None:
+        every = self._options.keep_every
+        for old in list_checkpoints(self._folder)[: -self._options.keep]:
+            if not every or step_of(old) % every:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _require_space(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        needed = int(1.05 * sum(p.numel() * 4 for p in self._lower.parameters) * 3)
+        needed = int(1.05 * sum(p.numel() * 4 for p in self._state.lower.parameters) * 3)
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise TrainingError(
@@ -92,67 +110,119 @@ class Checkpointer:
             )
 
     def load_latest(self) -> tuple[int, Cursor]:
-        """Restore the newest whole checkpoint: (completed steps, cursor); (0, start) where there is none."""
-        found = list_checkpoints(self._folder)
-        if not found:
-            return 0, Cursor()
-        state = self._state(0, Cursor())
-        try:
-            _require_plain(found[-1])
-            dcp.load(state, checkpoint_id=found[-1], planner=_PlainPlanner())
-        except _DAMAGE as error:
-            older = f"remove it to continue from {found[-2].name}" if found[:-1] else "remove it to start anew"
+        """Restore the newest checkpoint that is good: (completed steps, cursor); (0, start) where there is none.
+
+        Damaged ones that are newer are said and kept aside as `step_*.damaged`; what an interrupted save left goes.
+
+        Raises:
+            ConfigError: a checkpoint is of another model, tokenizer, optimizer or weighting.
+            TrainingError: there are checkpoints, but none is good.
+        """
+        damaged: dict[Path, str] = {}
+        found = self._same(list_checkpoints(self._folder))
+        for path in reversed(found):
+            state = self._state.capture(0, Cursor())
+            reason = self._load(path, state)
+            if reason is None:
+                step, cursor = self._state.apply(state)
+                self._tidy(damaged, step)
+                return step, cursor
+            damaged[path] = reason
+        if damaged:
+            told = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
             raise TrainingError(
-                f"checkpoint {found[-1]} is damaged or not of this run ({str(error).splitlines()[0]}): {older}"
-            ) from None
-        set_state_dict(
-            self._lower.model,
-            self._lower.optimizer,
-            model_state_dict=state["lm"],
-            optim_state_dict=state["optimizer"],
+                f"no checkpoint in {self._folder} is good ({told}): restore one, or remove the folder to start anew"
+            )
+        self._tidy({}, 0)
+        return 0, Cursor()
+
+    def _load(self, path: Path, state: dict[str, Any]) -> str | None:
+        """Load into `state`, where no rank sees damage: why it is no good, the same on all ranks, or None."""
+        verdict = (difference(path, self._identity), damage(path) or _unnamed(path))
+        others, reasons = zip(*self._gather(verdict), strict=True)
+        if (other := next(filter(None, others), None)) is not None:
+            raise foreign(path, other)
+        if (reason := next(filter(None, reasons), None)) is not None:
+            return str(reason)
+        try:
+            dcp.load(state, checkpoint_id=path, planner=PlainPlanner(), process_group=self._group)
+        except CheckpointException as error:  # raised on all ranks, whichever has met it
+            cause = _cause(error)
+            if isinstance(cause, ForeignState):
+                raise foreign(path, str(cause)) from None
+            return first_line(cause)
+        return None
+
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _same(self, paths: list[Path]) -> list[Path]:
+        """What rank 0 has seen: the others may see a folder later."""
+        return list(self._gather(paths)[0])
+
+    def _tidy(self, damaged: Mapping[Path, str], step: int) -> None:
+        """Once something good is loaded: put the damaged aside, drop what killed attempts left half written."""
+        if self._main:
+            for path, reason in damaged.items():
+                aside = path.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                print(
+                    f"[{self._name}] warning: checkpoint {path.name} is damaged ({reason}), kept as {aside.name}: "
+                    f"continuing from step {step}",
+                    flush=True,
+                )
+            for left in self._folder.glob("step_*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+        dist.barrier(group=self._group)
+
+
+@torch.no_grad()
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    """The state in the host's memory, beyond the reach of the steps that follow."""
+    state = tree_map_only(DTensor, _at_the_start, state)
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
         )
-        step = int(state["loop"]["step"])
-        torch.set_rng_state(state["loop"]["rng"])
-        if self._upper is not None:  # first: it holds the calendar that says which DWM version is in force
-            self._upper.load_state_dict(state.get("upper", {}))
-        if self._weighting is not None:
-            self._weighting.load_state_dict(step, state["weighting"])
-        return step, Cursor(int(state["loop"]["cursor"]))
+    )
+    copied = stager.stage(state)
+    stager.close()
+    assert isinstance(copied, dict)
+    return copied
 
 
-# DCP keeps its table of contents, and what is no tensor, as pickles: only plain records may come out of them.
-_RECORDS = "torch.distributed.checkpoint.metadata"
-_VALUES = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    *(("torch", name) for name in ("float32", "float64", "bfloat16", "int64", "uint8", "bool")),
-}
+def _at_the_start(tensor: DTensor) -> DTensor:
+    """DCP's stager fails for a distributed tensor whose part begins inside its storage, as a view's does."""
+    local = tensor.to_local()
+    if local.storage_offset() == 0:
+        return tensor
+    return DTensor.from_local(
+        local.clone(),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Refuse everything that could do more than hold values."""
-        if "." not in name and (module == _RECORDS or (module, name) in _VALUES):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+def _unnamed(checkpoint: Path) -> str | None:
+    return None if read_identity(checkpoint) else "identity.json is missing or cannot be read"
 
 
-def _require_plain(checkpoint: Path) -> None:
-    with (checkpoint / ".metadata").open("rb") as stream:
-        _PlainUnpickler(stream).load()
-
-
-class _PlainPlanner(DefaultLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # refuses what is not plain, before the ordinary way takes it
-        value.seek(0)
-        super().load_bytes(read_item, value)
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on the first of the ranks that failed."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("step_*/.metadata") if not path.parent.name.endswith(".tmp"))
+    return sorted(path.parent for path in folder.glob("step_*/.metadata") if not path.parent.suffix)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step_"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.profiler import record_function
 
 PHASES = ("data", "dwm_wait", "weigh", "step", "bilevel", "log")
 """Phases of a step: wait for a batch, wait for a DWM version (or take a baseline's anchor), weigh the batch, the LM's
@@ -72,7 +73,8 @@ class Clock:
         if self.exact:
             synchronize()
         start = time.perf_counter()
-        yield
+        with record_function(name):
+            yield
         if self.exact:
             synchronize()
         self.seconds[name] += time.perf_counter() - start

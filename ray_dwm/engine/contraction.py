@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,9 +21,9 @@ from transformers import LlamaForCausalLM
 
 from ray_dwm.config import BilevelConfig
 from ray_dwm.core import estimators
-from ray_dwm.core.losses import sample_losses
+from ray_dwm.core.losses import sample_losses, token_losses
 from ray_dwm.engine.batch import Batch
-from ray_dwm.engine.mesh import shard, shards_norm
+from ray_dwm.engine.mesh import all_gather_rows, shard
 from ray_dwm.engine.step import LowerLevel, batch_losses
 
 Shards = list[Tensor]
@@ -45,6 +46,38 @@ class Problem:
     """Factor with which the step's backward multiplied their gradients: ranks times weight."""
     tokens: float
     """Counted tokens of a mean sequence of the global batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contracted:
+    """Which sequences are contracted: every stride-th of the global batch, whatever the number of ranks."""
+
+    rows_c: Tensor
+    """Their rows in this rank's share. As many on every rank: there may be one at the end that is not meant."""
+    positions_c: Tensor
+    """Their places in the global batch; its size, one beyond its end, where a row is not meant."""
+    size: int
+
+    @staticmethod
+    def choose(offset: int, stride: int, batch: Batch, size: int) -> Contracted:
+        """The sequences at offset, offset + stride .. of the global batch of `size`, of which `batch` is the share."""
+        share = len(batch)
+        start = dist.get_rank() * share
+        rows_c = torch.arange((offset - start) % stride, -(-share // stride) * stride, stride)
+        meant_c = (rows_c < share) & (start + rows_c < size)
+        positions_c = torch.where(meant_c, start + rows_c, size)
+        place = batch.input_ids.device
+        return Contracted(rows_c.clamp(max=share - 1).to(place), positions_c.to(place), size)
+
+    def first(self, count: int) -> Contracted:
+        """The first `count` of every rank."""
+        return Contracted(self.rows_c[:count], self.positions_c[:count], self.size)
+
+    def gather(self, values_c: Tensor) -> tuple[Tensor, Tensor]:
+        """(values, places in the global batch) of all ranks, (C,) each, without the rows that are not meant."""
+        positions_C = all_gather_rows(self.positions_c)
+        meant_C = positions_C < self.size
+        return all_gather_rows(values_c)[meant_C], positions_C[meant_C]
 
 
 class Estimator(Protocol):
@@ -90,7 +123,7 @@ class FiniteDifference:
 
     def contract(self, problem: Problem) -> Tensor:
         """See Estimator."""
-        norm = shards_norm(problem.direction)
+        norm = self._lower.layout.norm(problem.direction)
         if norm == 0.0:
             return torch.zeros_like(problem.losses_c)
         moved = self._lower.snapshot()
@@ -139,7 +172,7 @@ class Oracle:
             inputs = {"input_ids": batch.input_ids}
             named = dict(zip(names, values, strict=True))
             logits = torch.func.functional_call(twin, named, (), inputs, tie_weights=True).logits
-            return sample_losses(logits, batch.input_ids, batch.mask, problem.tokens)
+            return sample_losses(token_losses(logits, batch.input_ids), batch.mask, problem.tokens)
 
         with sdpa_kernel(SDPBackend.MATH):
             return self._rule(losses, theta, u).detach()

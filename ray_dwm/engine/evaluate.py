@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from transformers import LlamaForCausalLM
 
-from ray_dwm.core.losses import token_losses
 from ray_dwm.data.shards import ShardReader
-from ray_dwm.engine.batch import Batch, to_batch
+from ray_dwm.engine.batch import Batch, take_share
 from ray_dwm.engine.mesh import all_sum
 from ray_dwm.errors import TrainingError
+from ray_dwm.models.lm import Lm
 
 
 def spread_rows(reader: ShardReader, sequences: int) -> NDArray[np.int64]:
@@ -24,29 +22,17 @@ def spread_rows(reader: ShardReader, sequences: int) -> NDArray[np.int64]:
     return np.linspace(0, reader.manifest.rows - 1, num=count).astype(np.int64)
 
 
-def share(reader: ShardReader, rows: NDArray[np.int64], seq_len: int, device: torch.device) -> Batch:
-    """This rank's part of some rows.
-
-    Every rank gets the same number, so that collectives match: what one lacks is a repeated row that does not count.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    padded = np.pad(rows, (0, -len(rows) % world), mode="edge")
-    batch = to_batch(reader.take(padded[rank::world]), seq_len, device)
-    counted = torch.arange(rank, len(padded), world, device=device) < len(rows)
-    return dataclasses.replace(batch, mask=batch.mask & counted[:, None])
-
-
 def stream(
     reader: ShardReader, rows: NDArray[np.int64], micro_batch: int, seq_len: int, device: torch.device
 ) -> Iterator[Batch]:
     """This rank's parts of some rows, a micro-batch at a time."""
     size = micro_batch * dist.get_world_size()
     for start in range(0, len(rows), size):
-        yield share(reader, rows[start : start + size], seq_len, device)
+        yield take_share(reader, rows[start : start + size], seq_len, device)
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
+def mean_loss(model: Lm, batches: Iterable[Batch]) -> float:
     """Cross-entropy in nats per counted token over all ranks' batches.
 
     Raises:
@@ -54,7 +40,7 @@ def mean_loss(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
     """
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        losses = token_losses(model(input_ids=batch.input_ids).logits, batch.input_ids) * batch.mask
+        losses = model(batch.input_ids).losses_bT * batch.mask
         totals = totals.to(losses.device) + torch.stack([losses.sum().double(), batch.mask.sum().double()])
     nats, tokens = all_sum(totals).tolist()
     if tokens == 0:

@@ -18,16 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ray_dwm.engine.clock import Stopwatch
 from ray_dwm.engine.contraction import Problem, Shards, whole
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.errors import ConfigError, TrainingError
+from ray_dwm.models.lm import Lm
 
-Rule = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
-"""(module, input, output's gradient, places): both of the wanted sequences, and their places among the c."""
+Rule = Callable[[nn.Module, Tensor, Tensor, Tensor, int], None]
+"""(module, input, output's gradient, places, start): both of the wanted sequences, from token `start` on, and the
+sequences' places among the c. The LM calls its head once for each chunk of tokens, all others once."""
 
 
 class _Tap(torch.autograd.Function):
@@ -49,7 +50,7 @@ class _Tap(torch.autograd.Function):
 class Watcher:
     """Shows every parameter-owning module's input and output gradient to a rule, micro-batch by micro-batch."""
 
-    def __init__(self, model: LlamaForCausalLM, rule: Rule) -> None:
+    def __init__(self, model: Lm, rule: Rule) -> None:
         self._model, self._rule = model, rule
         self._owners = owners(model)
         self._rows_c = torch.empty(0, dtype=torch.long)
@@ -61,13 +62,14 @@ class Watcher:
         """Watch the backward passes from now on, which bring this rank's sequences in order."""
         self._remove()
         self._watch.reset()
+        torch.compiler.set_stance("force_eager")  # nothing can be hung behind a module within compiled code
         self._rows_c = rows_c
         self._seen = self._expected = self._sights = 0
         self._handles = [self._model.register_forward_pre_hook(self._next, with_kwargs=True)]
         self._handles += [module.register_forward_hook(self._tap) for module in self._owners]
 
     def stop(self) -> None:
-        """Leave the LM as it was.
+        """Leave the LM as it was, compiled if it was.
 
         Raises:
             TrainingError: a module's backward was not seen.
@@ -75,14 +77,15 @@ class Watcher:
         self._remove()
         if self._sights != self._expected or not self._expected:
             raise TrainingError(
-                f"the ghost estimators saw {self._sights} of {self._expected} backward passes of the LM's modules, as "
-                "happens to a compiled LM: set bilevel.estimator to one_sided or central; the last checkpoint is intact"
+                f"the ghost estimators saw {self._sights} of {self._expected} backward passes of the LM's modules: a "
+                "bug, report it, and set bilevel.estimator to one_sided or central; the last checkpoint is intact"
             )
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        torch.compiler.set_stance("default")
 
     @property
     def seconds(self) -> float:
@@ -92,29 +95,34 @@ class Watcher:
     def _next(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        size = len(args[0] if args else kwargs["input_ids"])
+        size, tokens = (args[0] if args else kwargs["input_ids"]).shape
         inside = (self._rows_c >= self._seen) & (self._rows_c < self._seen + size)
         self._places_k = inside.nonzero().squeeze(1)
         self._wanted_k = self._rows_c[self._places_k] - self._seen
         self._seen += size
-        self._expected += len(self._owners) if len(self._wanted_k) else 0
+        self._tokens = dict.fromkeys(map(id, self._owners), 0)
+        chunks = -(-tokens // self._model.chunk(size, tokens))
+        # Also where none is wanted: another rank may want one, and a rule may be collective.
+        self._expected += len(self._owners) - 1 + chunks
 
     def _tap(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled() or len(self._wanted_k) == 0:
+        if not torch.is_grad_enabled():
             return None
-        wanted_k, places_k = self._wanted_k, self._places_k
+        wanted_k, places_k, start = self._wanted_k, self._places_k, self._tokens[id(module)]
+        # Where the backward calls the module again, it is the first call's node that sees the gradient.
+        self._tokens[id(module)] += args[0].shape[1]
 
         def see(source: Tensor, gradient: Tensor) -> None:
             self._sights += 1
             with self._watch.passage():
                 if len(wanted_k) < len(source):
                     source, gradient = source[wanted_k], gradient[wanted_k]
-                self._rule(module, source, gradient, places_k)
+                self._rule(module, source, gradient, places_k, start)
 
         return _Tap.apply(output, args[0], see)
 
 
-def owners(model: LlamaForCausalLM) -> list[nn.Module]:
+def owners(model: Lm) -> list[nn.Module]:
     """The modules that own a parameter.
 
     Raises:
@@ -195,7 +203,8 @@ class Ghost:
         self._direction, self._dots_c = direction, torch.zeros(len(rows_c), device=rows_c.device)
         self._watcher.start(rows_c)
 
-    def _see(self, module: nn.Module, source: Tensor, gradient: Tensor, places_k: Tensor) -> None:
+    def _see(self, module: nn.Module, source: Tensor, gradient: Tensor, places_k: Tensor, start: int) -> None:
+        del start
         index = self._index[id(module)]
         local = self._direction[index].to(gradient.dtype)  # before it is gathered, as FSDP does with the weights
         matrix = whole(self._lower.parameters[index], local)

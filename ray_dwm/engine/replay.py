@@ -101,7 +101,7 @@ class ReplayedWeighting(Stateless):
     @torch.no_grad()
     def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
-        scores_B = batch_scores(self._model, input_ids_bT, statistics_bS)
+        scores_B = batch_scores(self._model, input_ids_bT, statistics_bS, self._config.train.global_batch)
         if self._index < 0:
             scores_B = torch.zeros_like(scores_B)
         return scores_B, dwm_weights(self._config, scores_B, self._step)

@@ -70,6 +70,7 @@ def claim(config: RunConfig) -> Iterator[None]:
         write_whole(config.run_dir / "config.yaml", to_yaml(config))
         write_whole(config.run_dir / _DATA, json.dumps(data_digests(config), indent=2) + "\n")
         failure_path(config).unlink(missing_ok=True)
+        stop_path(config).unlink(missing_ok=True)
         yield
 
 
@@ -113,12 +114,17 @@ def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def failure_path(config: RunConfig) -> Path:
-    """Where a worker leaves the reason why restarting would not help."""
+    """Where a worker leaves the reason why restarting is not what is wanted."""
     return config.run_dir / "failure.json"
 
 
+def stop_path(config: RunConfig) -> Path:
+    """A file by which the driver asks the workers to save a checkpoint and end."""
+    return config.run_dir / "stop"
+
+
 def record_failure(config: RunConfig, error: DwmError) -> None:
-    """Leave the reason; the first one stays."""
+    """Leave the reason for an end before the end; the first one stays."""
     path = failure_path(config)
     if not path.exists():
         write_whole(path, json.dumps({"message": str(error), "exit_code": error.exit_code}))

@@ -12,8 +12,11 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import ShardReader, open_shards
+from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
+from ray_dwm.engine.checkpoint import list_checkpoints
+from ray_dwm.engine.identity import difference, foreign, run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
 from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.mesh import device, init_mesh
@@ -75,6 +78,17 @@ def check_data(config: RunConfig) -> Manifest:
         )
     _check_given_dwm(config, train)
     return train
+
+
+def check_checkpoint(config: RunConfig, train: Manifest) -> None:
+    """Compare the newest checkpoint of the run folder, if there is one, with the run, before anything starts.
+
+    Raises:
+        ConfigError: it is of another model, tokenizer, optimizer or weighting.
+    """
+    for newest in list_checkpoints(config.run_dir / "checkpoints")[-1:]:
+        if (reason := difference(newest, run_identity(config, train))) is not None:
+            raise foreign(newest, reason)
 
 
 def _check_given_dwm(config: RunConfig, train: Manifest) -> None:
@@ -147,10 +161,13 @@ def build(
     sinks: list[MetricSink] | None = None,
     on_checkpoint: Callable[[int, Path, dict[str, float]], None] | None = None,
     on_version: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    preempted: Callable[[], bool] | None = None,
 ) -> Parts:
     """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
     train = check_data(config)
-    mesh = init_mesh()
+    mesh = init_mesh(config.parallel.shard)
+    allow_kernels(config.lm.attention)
     place, tokens = device(), seq_len(config, train)
     llama = lm_config(
         config.lm.preset,
@@ -159,8 +176,8 @@ def build(
         eos_token_id=train.eos_token_id,
         attention=config.lm.attention,
     )
-    model = parallelize(build_lm(llama, config.seed), mesh, config.train.precision)
-    lower = LowerLevel(model, config.train, config.train.steps)
+    model = build_lm(llama, config.seed, config.parallel.loss_chunk)
+    lower = LowerLevel(parallelize(model, mesh, config.train.precision, config.parallel), mesh, config.train)
     targets = {name: open_shards(folder) for name, folder in target_sets(config).items()}
     weighting: Weighting | None = None
     if config.weighting.method == "dwm" and config.dwm.mode != "learn":
@@ -184,7 +201,11 @@ def build(
         evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
         domains=train.domain_names,
         weighting=weighting,
+        identity=run_identity(config, train),
+        mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
         sinks=sinks or [],
         on_checkpoint=on_checkpoint,
         on_version=on_version,
+        should_stop=should_stop,
+        preempted=preempted,
     )

@@ -19,13 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ray_dwm.engine.contraction import Problem, Shards, whole
 from ray_dwm.engine.ghost import Watcher, inner, owners, parameter_index, unscaled
-from ray_dwm.engine.mesh import shard
+from ray_dwm.engine.mesh import Layout, shard
 from ray_dwm.engine.step import LowerLevel
 
 _MOMENTUM = {"adamw": "exp_avg", "sgd": "momentum_buffer"}
@@ -51,7 +50,7 @@ class GhostLowRank:
     needs_theta = False
 
     def __init__(self, lower: LowerLevel, rank: int) -> None:
-        self._lower, self._rank = lower, rank
+        self._lower, self._rank, self._layout = lower, rank, lower.layout
         self._index = parameter_index(lower)
         self._embedding = self._index[id(lower.model.model.embed_tokens)]
         self._head = self._index[id(lower.model.lm_head)]
@@ -60,7 +59,10 @@ class GhostLowRank:
         self._starts: dict[int, Tensor] = {}
         self._spaces: dict[int, Subspace] = {}
         self._sketches: dict[int, Tensor] = {}
-        self._rows: dict[str, Tensor] = {}
+        self._embedded: dict[int, Tensor] = {}
+        """First token -> gradients of what the embedding looked up, (c, C, d)."""
+        self._hidden: dict[int, Tensor] = {}
+        """First token of a chunk -> what the head was given, (c, C, d)."""
 
     @property
     def watch_seconds(self) -> float:
@@ -73,13 +75,13 @@ class GhostLowRank:
         del direction
         self._spaces = self._subspaces()
         self._count = len(rows_c)
-        self._sketches, self._rows = {}, {}
+        self._sketches, self._embedded, self._hidden = {}, {}, {}
         self._watcher.start(rows_c)
 
-    def _see(self, module: nn.Module, source: Tensor, gradient: Tensor, places_k: Tensor) -> None:
+    def _see(self, module: nn.Module, source: Tensor, gradient: Tensor, places_k: Tensor, start: int) -> None:
         index = self._index[id(module)]
         if isinstance(module, nn.Embedding):
-            self._keep("embedded", gradient, places_k)
+            self._keep(self._embedded, start, gradient, places_k)
         elif isinstance(module, nn.Linear):
             space = self._spaces[index]
             outputs_kTr = gradient @ space.left.to(gradient.dtype)
@@ -87,16 +89,16 @@ class GhostLowRank:
             sketch_krr = torch.bmm(outputs_kTr.float().mT, inputs_kTr.float())
             if index not in self._sketches:
                 self._sketches[index] = sketch_krr.new_zeros(self._count, *sketch_krr.shape[1:])
-            self._sketches[index][places_k] = sketch_krr
-            if index == self._head:
-                self._keep("head", source, places_k)
+            self._sketches[index][places_k] += sketch_krr
+            if module is self._lower.model.lm_head:
+                self._keep(self._hidden, start, source, places_k)
         else:
             assert isinstance(module, LlamaRMSNorm)
 
-    def _keep(self, name: str, values_kTd: Tensor, places_k: Tensor) -> None:
-        if name not in self._rows:
-            self._rows[name] = values_kTd.new_zeros(self._count, *values_kTd.shape[1:])
-        self._rows[name][places_k] = values_kTd.detach()
+    def _keep(self, kept: dict[int, Tensor], start: int, values_kTd: Tensor, places_k: Tensor) -> None:
+        if start not in kept:
+            kept[start] = values_kTd.new_zeros(self._count, *values_kTd.shape[1:])
+        kept[start][places_k] = values_kTd.detach()
 
     def stop(self) -> None:
         """See Estimator."""
@@ -111,10 +113,10 @@ class GhostLowRank:
             dots_c += torch.einsum("crs,rs->c", sketch_crr, cores[index])
         dots_c = unscaled(dots_c, problem.scale_c) + self._labels(problem, cores[self._head])
         embedding = whole(self._lower.parameters[self._embedding], problem.direction[self._embedding])
-        ids_cT, gradients_cTd = problem.batch.input_ids, self._rows["embedded"]
+        ids_cT, gradients_cTd = problem.batch.input_ids, _in_order(self._embedded)
         looked_up = [inner(g[None], embedding[i][None]) for g, i in zip(gradients_cTd, ids_cT, strict=True)]
         dots_c += unscaled(torch.cat(looked_up), problem.scale_c)
-        self._sketches, self._rows, self._spaces = {}, {}, {}
+        self._sketches, self._embedded, self._hidden, self._spaces = {}, {}, {}, {}
         return dots_c
 
     def _labels(self, problem: Problem, core_rr: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ class GhostLowRank:
         batch, space = problem.batch, self._spaces[self._head]
         matrix = whole(self._lower.parameters[self._head], problem.direction[self._head])
         dots = []
-        for h_Td, ids_T, mask_T in zip(self._rows["head"], batch.input_ids, batch.mask, strict=True):
+        for h_Td, ids_T, mask_T in zip(_in_order(self._hidden), batch.input_ids, batch.mask, strict=True):
             labels_k, h_kd = ids_T[1:][mask_T], h_Td[:-1][mask_T].float()
             missed_kd = matrix[labels_k] - (space.left[labels_k] @ core_rr) @ space.right.T
             # Times -1 / tokens for each counted label: the derivative of its cross-entropy in its own logit.
@@ -133,22 +135,22 @@ class GhostLowRank:
         """P^T u Q of every sketched matrix."""
         local = {}
         for index, space in self._spaces.items():
-            rows = space.left[_place(len(space.left))]
+            rows = space.left[_place(len(space.left), self._layout)]
             local[index] = rows.T @ direction[index] @ space.right
-        return _all_sum(local)
+        return _all_sum(local, self._layout)
 
     def _subspaces(self) -> dict[int, Subspace]:
         """Leading left and right directions of the momentum: a randomised range finder with one power iteration.
 
         Halko, Martinsson and Tropp 2011, algorithms 4.1 and 4.4. Every rank holds a part of the rows.
         """
-        name = _MOMENTUM[self._lower.config.optimizer]
+        name, layout = _MOMENTUM[self._lower.config.optimizer], self._layout
         parameters = self._lower.parameters
         local = {i: shard(self._lower.optimizer.state[parameters[i]][name]) for i in self._sketched}
-        right = _orthonormal(_all_sum({i: m.T @ (m @ self._start(m)) for i, m in local.items()}))
-        rows = _orthonormal({i: m @ right[i] for i, m in local.items()}, by_rows=True)
-        right = _orthonormal(_all_sum({i: m.T @ rows[i] for i, m in local.items()}))
-        left = _gather({i: (len(parameters[i]), x) for i, x in rows.items()})
+        right = _orthonormal(_all_sum({i: m.T @ (m @ self._start(m)) for i, m in local.items()}, layout))
+        rows = _orthonormal({i: m @ right[i] for i, m in local.items()}, by_rows_of=layout)
+        right = _orthonormal(_all_sum({i: m.T @ rows[i] for i, m in local.items()}, layout))
+        left = _gather({i: (len(parameters[i]), x) for i, x in rows.items()}, layout)
         return {i: Subspace(left[i], right[i]) for i in local}
 
     def _start(self, matrix: Tensor) -> Tensor:
@@ -159,15 +161,20 @@ class GhostLowRank:
         return self._starts[inputs]
 
 
-def _orthonormal(matrices: dict[int, Tensor], by_rows: bool = False) -> dict[int, Tensor]:
+def _in_order(kept: dict[int, Tensor]) -> Tensor:
+    """Whole sequences, (c, T, d), from chunks of tokens."""
+    return torch.cat([kept[start] for start in sorted(kept)], dim=1)
+
+
+def _orthonormal(matrices: dict[int, Tensor], by_rows_of: Layout | None = None) -> dict[int, Tensor]:
     """Orthonormal bases of the matrices' columns, from their Gram matrices, twice (Yamamoto et al. 2015, CholeskyQR2).
 
     Args:
-        by_rows: every rank holds a part of the rows, and gets that of the basis.
+        by_rows_of: every rank of a copy holds a part of the rows, and gets that of the basis.
     """
     for _ in range(2):
         grams = {i: y.double().T @ y.double() for i, y in matrices.items()}
-        grams = _all_sum(grams) if by_rows else grams
+        grams = _all_sum(grams, by_rows_of) if by_rows_of else grams
         matrices = {i: (y.double() @ _inverse_factor(grams[i])).to(y.dtype) for i, y in matrices.items()}
     return matrices
 
@@ -181,24 +188,23 @@ def _inverse_factor(gram_rr: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor_rr, eye_rr, upper=False).T
 
 
-def _place(rows: int) -> slice:
+def _place(rows: int, layout: Layout) -> slice:
     """The rows of a matrix that are this rank's, as Shard(0) deals them out."""
-    per_rank = -(-rows // dist.get_world_size())
-    return slice(min(rows, dist.get_rank() * per_rank), min(rows, (dist.get_rank() + 1) * per_rank))
+    per_rank = -(-rows // layout.shards)
+    return slice(min(rows, layout.shard * per_rank), min(rows, (layout.shard + 1) * per_rank))
 
 
-def _gather(parts: dict[int, tuple[int, Tensor]]) -> dict[int, Tensor]:
+def _gather(parts: dict[int, tuple[int, Tensor]], layout: Layout) -> dict[int, Tensor]:
     """Whole matrices of (number of rows, this rank's rows), in one collective."""
     padded = {}
     for index, (rows, part) in parts.items():
         padded[index] = part.new_zeros(rows, part.shape[1])
-        padded[index][_place(rows)] = part
-    return _all_sum(padded)
+        padded[index][_place(rows, layout)] = part
+    return _all_sum(padded, layout)
 
 
-def _all_sum(values: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Sums over ranks, in one collective."""
-    flat = torch.cat([x.flatten() for x in values.values()])
-    dist.all_reduce(flat)
+def _all_sum(values: dict[int, Tensor], layout: Layout) -> dict[int, Tensor]:
+    """Sums over the ranks of a copy, in one collective."""
+    flat = layout.sum(torch.cat([x.flatten() for x in values.values()]))
     parts = flat.split([x.numel() for x in values.values()])
     return {index: part.view_as(x) for (index, x), part in zip(values.items(), parts, strict=True)}

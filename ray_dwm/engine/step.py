@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import LlamaForCausalLM
 
 from ray_dwm.config import TrainConfig
-from ray_dwm.core.losses import sample_losses, sample_statistics
+from ray_dwm.core.losses import sample_losses, sample_means
 from ray_dwm.core.schedules import lr_factor
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import Stopwatch
-from ray_dwm.engine.mesh import all_sum, shard
+from ray_dwm.engine.mesh import Layout, all_sum, own_rows, shard
 from ray_dwm.engine.weighting import Statistics, Weighting
 from ray_dwm.errors import TrainingError
+from ray_dwm.models.lm import Lm, LmOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +39,21 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     lr: float
-    weigh_s: float
-    """Duration of the weighing, with the forwards that only it needed."""
+    times: Mapping[str, Stopwatch]
+    """By part: `weigh`, with the forwards that only it needed, `forward`, `backward`, and `optimizer` with clipping."""
 
 
-def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices only."""
+def build_optimizer(model: Lm, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW as one kernel or SGD (for which DTensors have none) as few; weight decay on matrices only."""
     parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def tokens_per_sample(batch: Batch, global_batch: int) -> float:
@@ -68,30 +71,29 @@ def tokens_per_sample(batch: Batch, global_batch: int) -> float:
     return counted / global_batch
 
 
-def forward_losses(model: LlamaForCausalLM, batch: Batch, tokens: float) -> Tensor:
+def forward_losses(model: Lm, batch: Batch, tokens: float) -> Tensor:
     """l_i of a micro-batch."""
     return losses_and_statistics(model, batch, tokens, "none")[0]
 
 
 def losses_and_statistics(
-    model: LlamaForCausalLM, batch: Batch, tokens: float, statistics: Statistics
+    model: Lm, batch: Batch, tokens: float, statistics: Statistics
 ) -> tuple[Tensor, Tensor | None]:
     """(l_i, what a weighting looks at, detached) of a micro-batch, from one forward."""
-    # -1: only the last hidden state is kept; transformers before that choice read it as true and keep all.
-    output = model(input_ids=batch.input_ids, output_hidden_states=-1 if statistics == "embedding" else False)
-    losses_b = sample_losses(output.logits, batch.input_ids, batch.mask, tokens)
-    found: Tensor | None = None
-    if statistics == "loss":
-        found = (losses_b.detach() * tokens / batch.mask.sum(dim=1).clamp(min=1))[:, None]
-    elif statistics == "loss_and_entropy":
-        found = sample_statistics(output.logits.detach(), batch.input_ids, batch.mask)
-    elif statistics == "embedding":
-        found = output.hidden_states[-1].detach()[:, -1].float()
-    return losses_b, found
+    output: LmOutput = model(batch.input_ids, entropies=statistics == "loss_and_entropy")
+    losses_b = sample_losses(output.losses_bT, batch.mask, tokens)
+    if statistics == "none":
+        return losses_b, None
+    if statistics == "embedding":
+        return losses_b, output.embeddings_bd.float()
+    found = [output.losses_bT.detach()]
+    if output.entropies_bT is not None:
+        found.append(output.entropies_bT)
+    return losses_b, torch.stack([sample_means(values_bT, batch.mask) for values_bT in found], dim=1)
 
 
 @torch.no_grad()
-def batch_losses(model: LlamaForCausalLM, batch: Batch, micro_batch: int, tokens: float) -> Tensor:
+def batch_losses(model: Lm, batch: Batch, micro_batch: int, tokens: float) -> Tensor:
     """l_i of this rank's share without a graph, (b,)."""
     return torch.cat([forward_losses(model, part, tokens) for part in batch.micro_batches(micro_batch)])
 
@@ -99,18 +101,17 @@ def batch_losses(model: LlamaForCausalLM, batch: Batch, micro_batch: int, tokens
 class LowerLevel:
     """The LM, its optimizer and the step that joins them."""
 
-    def __init__(self, model: LlamaForCausalLM, config: TrainConfig, total_steps: int) -> None:
-        self.model, self.config, self._total_steps = model, config, total_steps
+    def __init__(self, model: Lm, mesh: DeviceMesh, config: TrainConfig) -> None:
+        self.model, self.layout, self.config = model, Layout(mesh), config
         self.optimizer = build_optimizer(model, config)
         self.parameters = list(model.parameters())
-        self._weighing = Stopwatch()
 
     def lr(self, step: int) -> float:
         """Learning rate of LM step `step` (from 0)."""
         c = self.config
         return c.lr * lr_factor(
             step,
-            total_steps=self._total_steps,
+            total_steps=c.steps,
             warmup_steps=c.warmup_steps,
             schedule=c.schedule,
             min_ratio=c.min_lr_ratio,
@@ -127,28 +128,32 @@ class LowerLevel:
         tokens = tokens_per_sample(batch, self.config.global_batch)
         # A single micro-batch is weighed between its forward and its backward: its statistics cost nothing.
         statistics = weighting.statistics if weighting is not None else "none"
-        first = losses_and_statistics(self.model, micro[0], tokens, statistics) if len(micro) == 1 else None
-        self._weighing.reset()
-        with self._weighing.passage():
+        times = {part: Stopwatch() for part in ("weigh", "forward", "backward", "optimizer")}
+        first = None
+        if len(micro) == 1:
+            with times["forward"].passage():
+                first = losses_and_statistics(self.model, micro[0], tokens, statistics)
+        with times["weigh"].passage():
             statistics_bS = first[1] if first is not None else self._statistics(micro, tokens, statistics)
             scores_B, weights_B = self._weights(batch, weighting, statistics_bS)
-        start = dist.get_rank() * len(batch)
-        weights_b = weights_B[start : start + len(batch)]
+        weights_b = own_rows(weights_B, len(batch))
         losses = []
         for index, part in enumerate(micro):
-            losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)
+            with times["forward"].passage():
+                losses_m = first[0] if first is not None else forward_losses(self.model, part, tokens)
             offset = index * self.config.micro_batch
             # FSDP averages gradients over ranks; times W, the average is the weighted sum.
             objective = dist.get_world_size() * torch.dot(weights_b[offset : offset + len(part)], losses_m)
-            objective.backward()
+            with times["backward"].passage():
+                objective.backward()
             losses.append(losses_m.detach())
-        norm = self._clip(step)
         lr = self.lr(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        weigh_s = self._weighing.seconds
-        return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr, weigh_s)
+        with times["optimizer"].passage():
+            norm = self._clip(step)
+            self.optimizer.step()
+        return StepResult(torch.cat(losses), scores_B, weights_B, statistics_bS, tokens, norm, lr, times)
 
     @torch.no_grad()
     def _statistics(self, micro: list[Batch], tokens: float, statistics: Statistics) -> Tensor | None:
@@ -187,9 +192,7 @@ class LowerLevel:
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
         """Put values into this rank's shards of the LM."""
-        # FSDPModule.reshard: after a no-grad forward the root is still gathered and would hide the change.
-        model: Any = self.model
-        model.reshard()
+        self._reshard()
         torch._foreach_copy_([shard(p) for p in self.parameters], list(values))
 
     @torch.no_grad()
@@ -200,9 +203,14 @@ class LowerLevel:
     @torch.no_grad()
     def restore(self, values: Sequence[Tensor]) -> None:
         """Put back what `everything` gave."""
-        model: Any = self.model
-        model.reshard()
+        self._reshard()
         torch._foreach_copy_(self._state(), list(values))
+
+    def _reshard(self) -> None:
+        """Drop what is gathered: after a no-grad forward it is still there, and would hide a change of the shards."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _state(self) -> list[Tensor]:
         slots = (self.optimizer.state[p][k] for p in self.parameters for k in sorted(self.optimizer.state[p]))

@@ -47,11 +47,10 @@ class TargetGradient:
         """(v, that of every set where there are several); keeps nothing."""
         by_set = {}
         for name, batch in targets.items():
-            size = len(batch) * dist.get_world_size()
-            tokens = tokens_per_sample(batch, size)
+            tokens = tokens_per_sample(batch, 1)  # of all its sequences: the l_i sum up to the token mean
             for part in batch.micro_batches(self._lower.config.micro_batch):
                 losses_m = forward_losses(self._lower.model, part, tokens)
-                (dist.get_world_size() * losses_m.sum() / size).backward()
+                (dist.get_world_size() * losses_m.sum()).backward()
             by_set[name] = shards_of(self._parameters)
             self._lower.zero_grad()
         if len(by_set) == 1:
@@ -67,10 +66,9 @@ class TargetGradient:
         shares = target_shares(self._config, list(targets))
         total = 0.0
         for name, batch in targets.items():
-            size = len(batch) * dist.get_world_size()
-            tokens = tokens_per_sample(batch, size)
+            tokens = tokens_per_sample(batch, 1)
             losses_b = batch_losses(self._lower.model, batch, self._lower.config.micro_batch, tokens)
-            total += shares[name] * float(all_sum(losses_b.double().sum())) / size
+            total += shares[name] * float(all_sum(losses_b.double().sum()))
         return total
 
     def state_dict(self, sets: list[str]) -> dict[str, Tensor]:

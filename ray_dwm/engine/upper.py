@@ -59,7 +59,7 @@ class UpperLevel:
     def finish(self, step: int, batch: Batch, result: StepResult) -> None:
         """After the LM's step, whose gradients are consumed; a held LM is put back."""
         found = self._step.finish(batch, result)
-        self._weigher.submit(step, batch.input_ids, found.alignments_c, found.rows_c, result.statistics_bS)
+        self._weigher.submit(step, batch.input_ids, found.alignments_C, found.positions_C, result.statistics_bS)
         self._outcome = found
         if self._held:
             self._lower.restore(self._held)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ray_dwm.config import RunConfig
@@ -139,27 +138,26 @@ class Weigher:
 
     @torch.no_grad()
     def _weigh(self, step: int, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores_B = batch_scores(self._model, input_ids_bT, statistics_bS)
+        scores_B = batch_scores(self._model, input_ids_bT, statistics_bS, self._config.train.global_batch)
         return scores_B, dwm_weights(self._config, scores_B, step)
 
     def submit(
         self,
         step: int,
         input_ids_bT: Tensor,
-        alignments_c: Tensor,
-        rows_c: Tensor,
+        alignments_C: Tensor,
+        positions_C: Tensor,
         statistics_bS: Tensor | None,
     ) -> None:
-        """Send the feedback of a bi-level step upwards: alignments of some rows of this rank's share."""
-        start = dist.get_rank() * len(input_ids_bT)
-        control, seed = self._config.dwm.control, self._config.seed
+        """Send the feedback of a bi-level step upwards: alignments of some places in the global batch."""
+        control, seed, size = self._config.dwm.control, self._config.seed, self._config.train.global_batch
         self._service.submit(
             Feedback(
                 version=self.schedule.updates_before(step + 1),
-                input_ids=all_gather_rows(input_ids_bT).cpu(),
-                alignments=learnt_alignments(control, all_gather_rows(alignments_c), seed, step).cpu(),
-                positions=all_gather_rows(start + rows_c).cpu(),
-                statistics=None if statistics_bS is None else all_gather_rows(statistics_bS).cpu(),
+                input_ids=all_gather_rows(input_ids_bT)[:size].cpu(),
+                alignments=learnt_alignments(control, alignments_C, seed, step).cpu(),
+                positions=positions_C.cpu(),
+                statistics=None if statistics_bS is None else all_gather_rows(statistics_bS)[:size].cpu(),
             )
         )
 
@@ -190,10 +188,10 @@ class Weigher:
         self._apply(version)
 
 
-def batch_scores(model: DataWeightingModel, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> Tensor:
-    """Scores of the global batch, (B,): every rank encodes its own sequences, the joint head sees all of them."""
-    encoded_BE = all_gather_rows(model.encode(input_ids_bT))
-    statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)
+def batch_scores(model: DataWeightingModel, input_ids_bT: Tensor, statistics_bS: Tensor | None, size: int) -> Tensor:
+    """Scores of the global batch, (size,): every rank encodes its own sequences, the joint head sees all of them."""
+    encoded_BE = all_gather_rows(model.encode(input_ids_bT))[:size]
+    statistics_BS = None if statistics_bS is None else all_gather_rows(statistics_bS)[:size]
     return model.scores(encoded_BE, statistics_BS)
 
 

@@ -42,7 +42,9 @@ def connect(config: RunConfig) -> None:
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
-            cpus = max(os.cpu_count() or 1, _cpus(config, dwm=True))  # `compare` trains with and without in turn
+            cpus = max(
+                os.cpu_count() or 1, _cpus(config, True, config.cluster.most_workers)
+            )  # `compare` trains with and without in turn
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
@@ -65,16 +67,28 @@ def quiet_ray_data() -> None:
 
 
 def needed(config: RunConfig) -> dict[str, float]:
-    """Logical resources that a run holds at the same time."""
+    """Logical resources that a run of the most workers holds at the same time."""
+    return _needed(config, config.cluster.most_workers)
+
+
+def _needed(config: RunConfig, workers: int) -> dict[str, float]:
     cluster, dwm = config.cluster, config.learns_dwm
-    gpus = cluster.workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
-    return {"CPU": _cpus(config, dwm), "GPU": gpus}
+    gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
+    return {"CPU": _cpus(config, dwm, workers), "GPU": gpus}
 
 
-def _cpus(config: RunConfig, dwm: bool) -> int:
+def _cpus(config: RunConfig, dwm: bool, workers: int) -> int:
     cluster = config.cluster
-    cpus = cluster.workers * cluster.cpus_per_worker + (cluster.dwm_cpus if dwm else 0) + DRIVER_HEADROOM_CPUS
-    return math.ceil(cpus)
+    beside = 0.0 if cluster.elastic else (actor_cpus(config) if dwm else 0) + DRIVER_HEADROOM_CPUS
+    return math.ceil(workers * cluster.cpus_per_worker + beside)
+
+
+def actor_cpus(config: RunConfig) -> float:
+    """Logical CPUs of the DWM actor.
+
+    None beside an elastic group: Ray counts all CPUs of a node as the group's, and would ask for more than is free.
+    """
+    return 0.0 if config.cluster.elastic else config.cluster.dwm_cpus
 
 
 def _fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
@@ -84,24 +98,29 @@ def _fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
 
 
 def preflight(config: RunConfig) -> None:
-    """Compare what the run needs with what the cluster has.
+    """Compare what the run needs with what the cluster has; an elastic run needs its fewest workers.
 
     Raises:
         ResourceError: naming what is missing; Ray alone would wait forever.
     """
-    available = ray.cluster_resources()
-    for kind, amount in needed(config).items():
+    cluster, available = config.cluster, ray.cluster_resources()
+    for kind, amount in _needed(config, cluster.least_workers).items():
         if available.get(kind, 0.0) < amount:
             raise ResourceError(
-                f"the run needs {amount:g} {kind}s ({config.cluster.workers} workers, the DWM actor and reading), the "
+                f"the run needs {amount:g} {kind}s ({cluster.least_workers} workers, the DWM actor and reading), the "
                 f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or "
                 f"cluster.{kind.lower()}s_per_worker, or add nodes"
             )
-    cluster = config.cluster
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fitting = _fitting(nodes, {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker})
-    if fitting < cluster.workers:
+    if fitting < cluster.least_workers:
         raise ResourceError(
-            f"only {fitting} of {cluster.workers} workers of {cluster.cpus_per_worker:g} CPUs and "
+            f"only {fitting} of {cluster.least_workers} workers of {cluster.cpus_per_worker:g} CPUs and "
             f"{cluster.gpus_per_worker:g} GPUs fit the cluster's nodes: lower cluster.workers or what a worker asks for"
+        )
+    if fitting < cluster.most_workers:
+        print(
+            f"[{config.name}] the cluster has room for {fitting} of at most {cluster.most_workers} workers: the others "
+            "join when nodes come",
+            flush=True,
         )

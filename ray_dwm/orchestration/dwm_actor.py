@@ -20,7 +20,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.engine.learner import DwmLearner, Feedback, State
 from ray_dwm.engine.mesh import all_sum, device
 from ray_dwm.errors import DwmError, ResourceError, TrainingError
-from ray_dwm.orchestration.cluster import NAMESPACE
+from ray_dwm.orchestration.cluster import NAMESPACE, actor_cpus
 
 FETCH_TIMEOUT_S = 600.0
 _TRY_S = 2.0
@@ -98,7 +98,7 @@ def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
         "namespace": NAMESPACE,
         "max_restarts": -1,
         "max_task_retries": -1,
-        "num_cpus": config.cluster.dwm_cpus,
+        "num_cpus": actor_cpus(config),
         "num_gpus": config.cluster.dwm_gpus,
     }
     deadline = time.monotonic() + _NAME_TIMEOUT_S

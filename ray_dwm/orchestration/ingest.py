@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from ray_dwm.data.plan import ReadPlan
+from ray_dwm.data.plan import ReadPlan, share_positions
 from ray_dwm.data.shards import Rows, fixed_lists, open_shards
 from ray_dwm.errors import DataError
 from ray_dwm.orchestration.cluster import quiet_ray_data
@@ -37,7 +37,7 @@ class RankDatasource(Datasource):
     def __init__(
         self, folder: str, plan: ReadPlan, rank: int, world: int, first: int, stop: int, block_bytes: int
     ) -> None:
-        self.share = plan.global_batch // world
+        self.share = len(share_positions(plan.global_batch, rank, world))
         self._row_bytes = open_shards(folder).manifest.seq_len * 2 + 20
         self.block_batches = max(1, min(block_bytes // (self.share * self._row_bytes), stop - first))
         self._read = partial(_read, folder, plan, rank, world, self.block_batches)

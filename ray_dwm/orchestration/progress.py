@@ -28,7 +28,9 @@ class Progress:
         self._last_plain = 0.0
 
     def __enter__(self) -> Progress:
-        print(f"[{self._config.name}] starting {self._config.cluster.workers} workers", flush=True)
+        cluster = self._config.cluster
+        number = f"{cluster.least_workers} to {cluster.most_workers}" if cluster.elastic else cluster.most_workers
+        print(f"[{self._config.name}] starting {number} workers", flush=True)
         self._thread.start()
         return self
 

@@ -20,11 +20,20 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.engine.export import export_dwm, export_lm
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.mesh import init_mesh
-from ray_dwm.engine.rundir import check, claim, failure_path, raise_failure, read_summary, record_failure
+from ray_dwm.engine.mesh import BACKENDS, init_mesh
+from ray_dwm.engine.rundir import (
+    check,
+    claim,
+    failure_path,
+    raise_failure,
+    read_summary,
+    record_failure,
+    stop_path,
+)
 from ray_dwm.engine.setup import build as build_parts
-from ray_dwm.engine.setup import build_learner, check_data, evaluation_sets, read_plan
-from ray_dwm.errors import DwmError, TrainingError
+from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan
+from ray_dwm.engine.stopping import on_sigterm
+from ray_dwm.errors import DwmError, Stopped, TrainingError
 from ray_dwm.orchestration.cluster import NAMESPACE, connect, preflight
 from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name, create_actor
 from ray_dwm.orchestration.ingest import RayDataSource
@@ -38,7 +47,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         UserError: before anything was started.
-        TrainingError: the run failed; the last checkpoint is intact.
+        TrainingError: the run failed, or was stopped by a SIGTERM; the last checkpoint is intact.
     """
     warn_of_temporary_storage(config)
     prepare_sets(config, missing_only=True)
@@ -51,6 +60,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if done is not None:
         print(f"[{config.name}] is complete already: {config.run_dir}", flush=True)
         return done
+    check_checkpoint(config, manifest)
     connect(config)
     preflight(config)
     with claim(config):
@@ -61,7 +71,8 @@ def train(config: RunConfig) -> dict[str, Any]:
 def _fit(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     actor = create_actor(config, build_learner(config, manifest)) if config.learns_dwm else None
     try:
-        with Progress(config):
+        # A stopped job, a deleted pod: the workers cannot take the signal, so they are asked by a file.
+        with Progress(config), on_sigterm(stop_path(config).touch):
             _trainer(config).fit()
     except ray.train.TrainingFailedError as error:
         raise_failure(config)
@@ -84,9 +95,11 @@ def _trainer(config: RunConfig) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
         train_loop_config={"config": to_dict(config)},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend=BACKENDS["cuda" if cluster.gpus_per_worker else "cpu"]),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=cluster.workers if cluster.elastic else cluster.most_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         # The same name again resumes: never a dated one.
         run_config=ray.train.RunConfig(
@@ -104,6 +117,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         return  # an earlier attempt found that restarting does not help; the driver reports it
     try:
         _run(config)
+    except Stopped as stopped:
+        record_failure(config, stopped)  # and end well: Ray Train would restart what fails
     except DwmError as error:
         record_failure(config, error)
         raise
@@ -129,6 +144,8 @@ def _run(config: RunConfig) -> None:
         del path
         ray.train.report({"step": step, **figures})
 
+    notice = PreemptionNotice()
+
     parts = build_parts(
         config,
         source=source,
@@ -136,6 +153,8 @@ def _run(config: RunConfig) -> None:
         sinks=sinks(config) if rank == 0 else [],
         on_checkpoint=on_checkpoint,
         on_version=lambda step: export_dwm(parts, train_set, step),
+        should_stop=lambda: rank == 0 and stop_path(config).exists(),
+        preempted=notice.is_new,
     )
     trainer = Trainer(parts)
     trainer.fit()
@@ -145,6 +164,18 @@ def _run(config: RunConfig) -> None:
     if rank == 0:
         # Its presence says that the run is complete.
         write_whole(config.run_dir / "summary.json", json.dumps(_summary(config, world, final), indent=2) + "\n")
+
+
+class PreemptionNotice:
+    """Ray Train's word that a node of the group is about to be taken away."""
+
+    def __init__(self) -> None:
+        self._known: ray.train.PreemptionInfo | None = None
+
+    def is_new(self) -> bool:
+        """Whether there is one that was not there before; all ranks ask together and get rank 0's answer."""
+        before, self._known = self._known, ray.train.get_preemption_info()
+        return self._known is not None and self._known != before
 
 
 def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str, Any]:

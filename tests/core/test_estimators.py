@@ -28,8 +28,7 @@ def llama_problem() -> tuple[estimators.Losses, list[Tensor], list[Tensor]]:
 
     def losses(values: Sequence[Tensor]) -> Tensor:
         named = dict(zip(names, values, strict=True))
-        logits = torch.func.functional_call(model, named, (), {"input_ids": ids}, tie_weights=True).logits
-        return sample_losses(logits, ids, mask, 15.0)
+        return sample_losses(torch.func.functional_call(model, named, (ids,), tie_weights=True).losses_bT, mask, 15.0)
 
     return losses, params, direction
 

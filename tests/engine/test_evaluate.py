@@ -10,6 +10,7 @@ import torch
 from gloo import run
 from synthetic import VOCAB, make_shards
 
+from ray_dwm.config import ParallelConfig
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_sum, init_mesh
@@ -22,7 +23,7 @@ ROWS = 7
 def evaluated(folder: str, sequences: int) -> tuple[float, int, int]:
     """(loss, tokens that counted, sequences on rank 0)."""
     mesh = init_mesh()
-    model = parallelize(build_lm(lm_config("tiny", vocab_size=VOCAB, seq_len=16), 0), mesh, "fp32")
+    model = parallelize(build_lm(lm_config("tiny", vocab_size=VOCAB, seq_len=16), 0), mesh, "fp32", ParallelConfig())
     reader = open_shards(folder)
     batches = list(stream(reader, spread_rows(reader, sequences), 2, 16, torch.device("cpu")))
     counted = sum(int(all_sum(batch.mask.sum())) for batch in batches)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import statistics
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build
-from ray_dwm.errors import TrainingError
+from ray_dwm.errors import ConfigError, TrainingError
 
 
 def message_of(config: RunConfig) -> str:
@@ -94,3 +96,22 @@ def test_importing_the_engine_does_not_import_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_profiled_run_leaves_a_trace_of_the_steps_asked_for(shards: dict[str, Path], tmp_path: Path) -> None:
+    options = ("train.profile=true", "train.profile_first=2", "train.profile_steps=2")
+    config = tiny_config(shards, tmp_path, *options, "train.micro_batch=4")
+    lines = run(1, tmp_path / "p", fitted, config)
+    with gzip.open(config.run_dir / "profile" / "steps-000000002-000000003.json.gz", "rt") as stream:
+        names = [event.get("name") for event in json.load(stream)["traceEvents"]]
+    assert names.count("step") == 2
+    assert "aten::mm" in names
+    for line in lines[1:]:
+        parts = [line[f"step_seconds/{part}"] for part in ("forward", "backward", "optimizer")]
+        assert 0 < sum(parts) < line["seconds/step"]
+        assert min(parts) > 0
+
+
+def test_a_trace_of_steps_that_never_come_is_refused(shards: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.profile_first is 10, but the run has 6 steps"):
+        tiny_config(shards, tmp_path, "train.profile=true")

@@ -14,7 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaForCausalLM
 
 from ray_dwm.config import RunConfig
-from ray_dwm.core.losses import sample_losses
+from ray_dwm.core.losses import sample_losses, token_losses
 from ray_dwm.engine.contraction import Problem, whole
 from ray_dwm.engine.mesh import all_gather_rows, init_mesh, shard
 from ray_dwm.engine.parallelize import parallelize
@@ -35,10 +35,12 @@ def sketched(config: RunConfig, tied: bool, recompute: bool, fraction: float) ->
     """
     shape = lm_config("tiny", vocab_size=64, seq_len=16)
     shape.tie_word_embeddings = tied
-    model = parallelize(build_lm(shape, seed=0), init_mesh(), config.train.precision)
+    mesh = init_mesh(config.parallel.shard)
+    model = build_lm(shape, seed=0, loss_chunk=config.parallel.loss_chunk)
+    model = parallelize(model, mesh, config.train.precision, config.parallel)
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lower, parts = LowerLevel(model, config.train, config.train.steps), build(config)
+    lower, parts = LowerLevel(model, mesh, config.train), build(config)
     for step in range(3):
         lower.step(step, train_batch(parts, step), None)
         lower.zero_grad()
@@ -80,7 +82,7 @@ def sketched(config: RunConfig, tied: bool, recompute: bool, fraction: float) ->
         h = output.hidden_states[-1].detach()
         picked = torch.einsum("btd,btd->bt", h[:, :-1], missed[chosen.input_ids[:, 1:]]) * chosen.mask
         labels = -step * picked.sum(dim=1) / problem.tokens
-        return sample_losses(output.logits, chosen.input_ids, chosen.mask, problem.tokens) + labels
+        return sample_losses(token_losses(output.logits, chosen.input_ids), chosen.mask, problem.tokens) + labels
 
     expected = torch.autograd.functional.jacobian(losses, torch.zeros(()))
     share = float(missed.norm() / direction[head].norm())

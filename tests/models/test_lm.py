@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from ray_dwm.core.losses import predicted_mask, sample_losses
+from ray_dwm.core.losses import token_losses
 from ray_dwm.errors import ConfigError
 from ray_dwm.models.lm import PRESETS, build_lm, flops_per_token, lm_config, parameter_count
 
@@ -15,6 +15,9 @@ STATED = {
     ("quickstart", 8192): 1_229_664,
     ("370m", 32_000): 373_867_520,
     ("1.3b", 32_000): 1_345_423_360,
+    ("7b", 32_000): 6_738_415_616,
+    ("13b", 32_000): 13_015_864_320,
+    ("70b", 32_000): 68_976_648_192,
 }
 
 
@@ -43,7 +46,7 @@ def test_one_step_of_370m_on_the_cpu() -> None:
     ids = torch.randint(0, 32_000, (1, 16), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(2):
-        loss = sample_losses(model(input_ids=ids).logits, ids, predicted_mask(None, ids), 15.0).mean()
+        loss = model(ids).losses_bT.mean()
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
@@ -60,5 +63,36 @@ def test_the_same_seed_gives_the_same_lm() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 30m, 370m, 1\.3b"):
-        lm_config("70b", vocab_size=10, seq_len=4)
+    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 30m, 370m, 1\.3b, 7b, 13b, 70b$"):
+        lm_config("405b", vocab_size=10, seq_len=4)
+
+
+@pytest.mark.parametrize(("loss_chunk", "chunk"), [(0, 13), (6, 2), (3, 1), (1, 1), (21, 7), (10**6, 13)])
+def test_chunks_change_neither_losses_nor_gradients(loss_chunk: int, chunk: int) -> None:
+    """Against the plain Llama of transformers on 3 x 13 tokens."""
+    config = lm_config("tiny", vocab_size=64, seq_len=13)
+    ids = torch.randint(0, 64, (3, 13), generator=torch.Generator().manual_seed(0))
+    ours, plain = build_lm(config, 0, loss_chunk), LlamaForCausalLM(config)
+    plain.load_state_dict(ours.state_dict())
+    output, expected = ours(ids, entropies=True), plain(input_ids=ids, output_hidden_states=True)
+    assert ours.chunk(*ids.shape) == chunk
+    assert output.entropies_bT is not None
+    torch.testing.assert_close(output.losses_bT, token_losses(expected.logits, ids))
+    log_p = torch.log_softmax(expected.logits, dim=-1)[:, :-1]
+    torch.testing.assert_close(output.entropies_bT, -(log_p.exp() * log_p).sum(-1))
+    torch.testing.assert_close(output.embeddings_bd, expected.hidden_states[-1][:, -1])
+    weights = torch.tensor([0.5, 0.2, 0.3])
+    torch.dot(weights, output.losses_bT.sum(1)).backward()
+    torch.dot(weights, token_losses(expected.logits, ids).sum(1)).backward()
+    for (name, left), right in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad, msg=name)
+
+
+def test_a_chunk_holds_its_logits_only() -> None:
+    """What the backward is given: with chunks of 8 tokens no tensor of tokens x vocabulary, without them one."""
+    ids = torch.randint(0, 512, (4, 16))
+    for loss_chunk, found in ((8, False), (0, True)):
+        lm, kept = build_lm(lm_config("tiny", vocab_size=512, seq_len=16), 0, loss_chunk), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            lm(ids)
+        assert (max(kept) >= 4 * 16 * 512) == found

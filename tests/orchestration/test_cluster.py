@@ -47,6 +47,7 @@ def test_unreachable_cluster(shards: dict[str, Path], console: Console, tmp_path
         (["cluster.workers=2", "weighting.method=uniform"], {"CPU": 3, "GPU": 0}),
         (["cluster.workers=2", "weighting.method=loss"], {"CPU": 3, "GPU": 0}),
         (["cluster.workers=4", "cluster.gpus_per_worker=1", "cluster.dwm_gpus=0.25"], {"CPU": 6, "GPU": 4.25}),
+        (["cluster.workers=[1,3]", "cluster.cpus_per_worker=2"], {"CPU": 6, "GPU": 0}),
         (["cluster.workers=1", "cluster.cpus_per_worker=2.5", "cluster.dwm_cpus=0.5"], {"CPU": 4, "GPU": 0}),
     ],
 )
@@ -56,7 +57,7 @@ def test_needed(shards: dict[str, Path], tmp_path: Path, overrides: list[str], e
 
 def test_a_private_cluster_has_room_for_both_runs_of_a_comparison(shards: dict[str, Path], tmp_path: Path) -> None:
     uniform = tiny_config(shards, tmp_path, "cluster.workers=2", "weighting.method=uniform")
-    assert _cpus(uniform, dwm=True) == needed(tiny_config(shards, tmp_path, "cluster.workers=2"))["CPU"]
+    assert _cpus(uniform, True, 2) == needed(tiny_config(shards, tmp_path, "cluster.workers=2"))["CPU"]
 
 
 @pytest.mark.parametrize(

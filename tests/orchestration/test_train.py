@@ -22,7 +22,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
 from ray_dwm.models.hf import load_dwm
 
-TIMES = ("seconds/", "bilevel_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
+TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
 OPTIONS = ("cluster.workers=2", "train.steps=60", "train.eval_every=20", "checkpoint.every=10", "train.micro_batch=4")
 OPTIONS += ("dwm.lr=1e-2", "bilevel.kl=0.3")
 
@@ -125,6 +125,25 @@ def test_kill_9_leaves_no_trace(
         wait_for(lambda: not processes("ray::RayTrainWorker"), 60, "the end of the orphaned workers")
         process = console.start(config)
     console.finish(config, process)
+    assert figures(config) == figures(undisturbed)
+    assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
+
+
+def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
+    undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path
+) -> None:
+    config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped")
+    process = console.start(config)
+    path = config.run_dir / "metrics.jsonl"
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    process.send_signal(signal.SIGTERM)
+    last = console.finish(config, process, code=1).splitlines()[-1]
+    step = len(path.read_text().splitlines()) - 1
+    assert last == f"error: [stopped] stopped at step {step}: checkpoint saved, the same command continues"
+    assert step < 60, "the run was over before the signal"
+    assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
+    wait_for(lambda: not processes("ray::RayTrainWorker"), 30, "the end of the workers")
+    console.finish(config, console.start(config))
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
 
