@@ -22,8 +22,8 @@ from ray_dwm.data.manifest import Manifest, ShardFile, file_sha256, load_manifes
 from ray_dwm.errors import DataError
 
 BATCH_ROWS = 1024
-_MAPPED_BYTES = 128 * 2**20
-"""Read rows' bytes after which a reader lets go of the pages: about a window of the read plan."""
+_MAPPED_BYTES = 32 * 2**20
+"""Bytes of rows after which a reader lets go of its pages. Around every row the kernel maps many times as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,51 @@ class _Chunk:
         return bits.to_numpy(zero_copy_only=False).reshape(len(rows), -1)
 
 
+class _Shard:
+    """One file, mapped. Its record batches are opened when rows of them are asked for, so that a start is quick."""
+
+    def __init__(self, path: Path, file: ShardFile, seq_len: int, codes: dict[str, int]) -> None:
+        self._path, self._file, self._codes = path, file, codes
+        try:
+            with path.open("rb") as stream:
+                self.map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._reader = pa.ipc.open_file(pa.py_buffer(self.map))
+            width = self._reader.schema.field("input_ids").type.list_size
+        except (pa.ArrowInvalid, OSError, ValueError, KeyError, AttributeError) as error:
+            raise self._unreadable(error) from None
+        if width != seq_len:
+            raise DataError(f"shard {path} has rows of {width} tokens, the manifest says {seq_len}: prepare anew")
+        if self._reader.num_record_batches != len(self):
+            raise DataError(
+                f"shard {path} has {self._reader.num_record_batches} record batches, by the manifest {len(self)}: "
+                "prepare anew"
+            )
+        self._chunks: dict[int, _Chunk] = {}
+
+    def __len__(self) -> int:
+        """Record batches."""
+        return -(-self._file.rows // BATCH_ROWS)
+
+    def chunk(self, index: int) -> _Chunk:
+        """A record batch; all but the last have BATCH_ROWS rows."""
+        if index not in self._chunks:
+            try:
+                chunk = _Chunk(self._reader.get_batch(index), self._codes)
+            except (pa.ArrowInvalid, ValueError, KeyError, AttributeError) as error:
+                raise self._unreadable(error) from None
+            rows = min(BATCH_ROWS, self._file.rows - index * BATCH_ROWS)
+            if len(chunk.sample_ids) != rows:
+                raise DataError(
+                    f"shard {self._path} has {len(chunk.sample_ids)} rows in record batch {index}, by the manifest it "
+                    f"has {rows}: prepare anew"
+                )
+            self._chunks[index] = chunk
+        return self._chunks[index]
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(f"shard {self._path} is no readable token shard ({str(error).splitlines()[0]}): prepare anew")
+
+
 class ShardReader:
     """Rows of a folder by number, read from memory maps: nothing is loaded that is not asked for."""
 
@@ -122,26 +167,19 @@ class ShardReader:
         self._touched: set[mmap.mmap] = set()
         self._taken = 0
 
-    def _open_file(self, index: int) -> tuple[mmap.mmap, list[_Chunk], NDArray[np.int64]]:
-        """A file's map, its record batches, and the first row of each with the number of all rows at the end."""
+    @property
+    def row_bytes(self) -> int:
+        """Of one sequence with its id and domain, without a loss mask."""
+        return self.manifest.seq_len * token_type(self.manifest.vocab_size).bit_width // 8 + 12
+
+    def _open_file(self, index: int) -> _Shard:
         file = self.manifest.files[index]
-        path = self.manifest.folder / file.name
-        try:
-            with path.open("rb") as stream:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            reader = pa.ipc.open_file(pa.py_buffer(mapped))
-            chunks = [_Chunk(reader.get_batch(i), self._codes) for i in range(reader.num_record_batches)]
-            width = reader.schema.field("input_ids").type.list_size
-        except (pa.ArrowInvalid, OSError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"shard {path} is no readable token shard ({reason}): prepare anew") from None
-        starts = np.cumsum([0, *(len(chunk.sample_ids) for chunk in chunks)])
-        if starts[-1] != file.rows or width != self.manifest.seq_len:
-            raise DataError(
-                f"shard {path} has {starts[-1]} rows of {width} tokens, the manifest says {file.rows} of "
-                f"{self.manifest.seq_len}: prepare anew"
-            )
-        return mapped, chunks, starts
+        return _Shard(self.manifest.folder / file.name, file, self.manifest.seq_len, self._codes)
+
+    def _chunks(self, index: int) -> Iterator[_Chunk]:
+        """All chunks of a file."""
+        shard = self._open(index)
+        return map(shard.chunk, range(len(shard)))
 
     def verify(self, threads: int = 4) -> None:
         """Compare every file with the manifest: checksum, rows, columns, domains. About a minute for 60 GB.
@@ -156,7 +194,7 @@ class ShardReader:
                 if digest != file.sha256:
                     path = self.manifest.folder / file.name
                     raise DataError(f"shard {path} differs from its checksum: it is damaged, prepare anew")
-                for chunk in self._open(index)[1]:
+                for chunk in self._chunks(index):
                     unknown = set(chunk.domain_names) - self._codes.keys()
                     if unknown:
                         raise DataError(
@@ -166,7 +204,7 @@ class ShardReader:
 
     def sample_ids(self) -> NDArray[np.int64]:
         """Ids of all rows in order, without touching the tokens."""
-        chunks = [chunk for index in range(len(self.manifest.files)) for chunk in self._open(index)[1]]
+        chunks = [chunk for index in range(len(self.manifest.files)) for chunk in self._chunks(index)]
         return np.concatenate([chunk.sample_ids for chunk in chunks])
 
     def take(self, rows: NDArray[np.int64]) -> Rows:
@@ -198,23 +236,22 @@ class ShardReader:
 
     def _locate(self, rows: NDArray[np.int64]) -> Iterator[tuple[_Chunk, NDArray[np.int64], NDArray[np.int64]]]:
         """Each chunk that holds some of the rows, their numbers within it, and their places in `rows`."""
-        for index, of_file in _grouped(self._starts, rows):
-            mapped, chunks, starts = self._open(index)
-            self._touched.add(mapped)
+        files = np.searchsorted(self._starts, rows, side="right") - 1
+        assert files.min() >= 0 and files.max() < len(self.manifest.files), "a row number lies outside the folder"
+        for index, of_file in _grouped(files):
+            shard = self._open(index)
+            self._touched.add(shard.map)
             local = rows[of_file] - self._starts[index]
-            for owner, of_chunk in _grouped(starts, local):
-                yield chunks[owner], local[of_chunk] - starts[owner], of_file[of_chunk]
+            for owner, of_chunk in _grouped(local // BATCH_ROWS):
+                yield shard.chunk(owner), local[of_chunk] - owner * BATCH_ROWS, of_file[of_chunk]
 
 
-def _grouped(starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """The parts that hold any of the rows, and which these are; `starts` ends with the number of all rows."""
-    owners = np.searchsorted(starts, rows, side="right") - 1
-    order = np.argsort(owners, kind="stable")
-    first, last = owners[order[0]], owners[order[-1]]
-    assert first >= 0 and last < len(starts) - 1, "a row number lies outside the folder"
-    cuts = [0, *(np.flatnonzero(np.diff(owners[order])) + 1).tolist(), len(rows)]
+def _grouped(keys: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each key that occurs, and its places."""
+    order = np.argsort(keys, kind="stable")
+    cuts = [0, *(np.flatnonzero(np.diff(keys[order])) + 1).tolist(), len(keys)]
     for start, stop in pairwise(cuts):
-        yield int(owners[order[start]]), order[start:stop]
+        yield int(keys[order[start]]), order[start:stop]
 
 
 @lru_cache(maxsize=8)

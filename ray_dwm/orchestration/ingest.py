@@ -38,7 +38,7 @@ class RankDatasource(Datasource):
         self, folder: str, plan: ReadPlan, rank: int, world: int, first: int, stop: int, block_bytes: int
     ) -> None:
         self.share = len(share_positions(plan.global_batch, rank, world))
-        self._row_bytes = open_shards(folder).manifest.seq_len * 2 + 20
+        self._row_bytes = open_shards(folder).row_bytes + 8  # and the number of the batch
         self.block_batches = max(1, min(block_bytes // (self.share * self._row_bytes), stop - first))
         self._read = partial(_read, folder, plan, rank, world, self.block_batches)
         self._first, self._stop = first, stop
