@@ -11,7 +11,6 @@ memory map row after row (`sequential`, for information). `eaten` is what the qu
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import threading
 import time
@@ -121,7 +120,7 @@ def watched() -> Iterator[dict[str, int]]:
         while not over.wait(0.02):
             store = get_memory_info_reply(state).store_stats
             found = {"object_store": store.object_store_bytes_used, "spilled": store.spilled_bytes_total}
-            for process in psutil.Process().children(recursive=True):
+            for process in psutil.process_iter():
                 with suppress(psutil.Error, OSError, KeyError):  # it may have ended
                     if process.cmdline()[:1] and process.cmdline()[0].startswith(READER):
                         for key, value in memory(process.pid).items():
@@ -212,7 +211,6 @@ def measure(args: argparse.Namespace, folder: Path, config: RunConfig) -> dict[s
     corpora = {f"{size:g} GB": folder / f"corpus-{size:g}" for size in args.gigabytes}
     for path, size in zip(corpora.values(), args.gigabytes, strict=True):
         make_corpus(path, size, args.read_seq_len, args.read_vocab)
-    os.environ.pop("RAY_ADDRESS", None)
     connect(config)
     try:
         bench, smallest = Bench(args, config), next(iter(corpora.values()))
