@@ -30,6 +30,7 @@ checks: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
+# Not in bench, for their time and Ray: benchmarks/ingest.py (about 5 minutes and 11 GB of disk).
 bench: $(STAMP)
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/bilevel.py

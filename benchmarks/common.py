@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ray_dwm import __version__
 from ray_dwm.config import RunConfig, load, to_dict
-from ray_dwm.data.manifest import DomainStats, Manifest
+from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile
 from ray_dwm.data.shards import Rows, open_shards, write_shard
 from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.learner import WeightService
@@ -67,7 +67,11 @@ def write_tokens(folder: Path, ids: NDArray[np.integer], domains: list[str], voc
     rows, seq_len = ids.shape
     numbers = np.arange(rows)
     file = write_shard(folder / "part.arrow", sample_ids=numbers, domains=domains, input_ids=ids, vocab_size=vocab)
-    counts = {name: domains.count(name) for name in sorted(set(domains))}
+    write_manifest(folder, [file], {name: domains.count(name) for name in sorted(set(domains))}, seq_len, vocab)
+
+
+def write_manifest(folder: Path, files: Sequence[ShardFile], counts: dict[str, int], seq_len: int, vocab: int) -> None:
+    """The manifest of shards with so many rows of each domain."""
     Manifest(
         folder=folder,
         seq_len=seq_len,
@@ -75,7 +79,7 @@ def write_tokens(folder: Path, ids: NDArray[np.integer], domains: list[str], voc
         eos_token_id=0,
         tokenizer_name="none",
         tokenizer_sha256="0" * 64,
-        files=(file,),
+        files=tuple(files),
         domains={k: DomainStats(rows=n, tokens=n * seq_len, bytes_per_token=1.0) for k, n in counts.items()},
         made_by={},
     ).write()
@@ -228,7 +232,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Of what decides the figures."""
-    return {"ray_dwm": __version__, **{p: version(p) for p in ("torch", "transformers", "pyarrow", "numpy")}}
+    return {"ray_dwm": __version__, **{p: version(p) for p in ("torch", "ray", "transformers", "pyarrow", "numpy")}}
 
 
 def where() -> str:

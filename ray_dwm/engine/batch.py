@@ -52,7 +52,7 @@ class Batch:
 def to_batch(rows: Rows, size: int, seq_len: int, device: torch.device) -> Batch:
     """This rank's share of `size` rows as tensors, cut to the first `seq_len` tokens; nothing of padding counts."""
     real = np.arange(len(rows)) < size - dist.get_rank() * len(rows)
-    input_ids = torch.from_numpy(rows.input_ids[:, :seq_len]).to(device)
+    input_ids = torch.from_numpy(rows.input_ids[:, :seq_len].astype(np.int64)).to(device)
     loss_mask = None if rows.loss_mask is None else torch.from_numpy(rows.loss_mask[:, :seq_len]).to(device)
     return Batch(
         torch.from_numpy(rows.sample_ids.copy()),

@@ -65,7 +65,7 @@ def sequence_losses(
     nats, tokens, domains = [], [], []
     for start in range(0, reader.manifest.rows, batch):
         rows = reader.take(np.arange(start, min(start + batch, reader.manifest.rows)))
-        ids = torch.from_numpy(rows.input_ids)
+        ids = torch.from_numpy(rows.input_ids.astype(np.int64))
         mask = predicted_mask(None if rows.loss_mask is None else torch.from_numpy(rows.loss_mask), ids)
         losses = token_losses(model(input_ids=ids).logits, ids) * mask
         nats.append(losses.double().sum(dim=1).numpy())

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_dwm.data import shards
 from ray_dwm.data.manifest import DomainStats, Manifest, load_manifest
 from ray_dwm.data.shards import ShardReader, token_type, write_shard
 from ray_dwm.errors import DataError
@@ -64,6 +65,16 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path: Path, vocab: int, mask:
         np.testing.assert_array_equal(rows.loss_mask, ids[wanted] % 2 == 0)
     else:
         assert rows.loss_mask is None
+
+
+def test_pages_are_let_go_of_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ids = folder_of(tmp_path / "s", vocab=1000, mask=False)
+    monkeypatch.setattr(shards, "_MAPPED_BYTES", 24)  # after every other row
+    reader = ShardReader(load_manifest(tmp_path / "s"))
+    for row in (1502, 0, 1023, 0, 1502):
+        rows = reader.take(np.array([row]))
+        assert rows.input_ids.dtype == np.uint16
+        np.testing.assert_array_equal(rows.input_ids, ids[[row]])
 
 
 def test_tokens_take_two_bytes_where_they_fit() -> None:

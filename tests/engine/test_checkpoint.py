@@ -202,7 +202,9 @@ def test_a_checkpoint_of_another_run_is_no_damage(
     shards: dict[str, Path], tmp_path: Path, change: str, told: str
 ) -> None:
     config = tiny_config(shards, tmp_path, *OPTIONS)
-    message, found = run(1, tmp_path / "p", load_other, config, tiny_config(shards, tmp_path, *OPTIONS, *change.split(",")))
+    message, found = run(
+        1, tmp_path / "p", load_other, config, tiny_config(shards, tmp_path, *OPTIONS, *change.split(","))
+    )
     assert message.startswith(f"checkpoint {config.run_dir / 'checkpoints' / 'step_000000002'} is of another run (")
     assert told in message and "choose another name=..." in message and "\n" not in message
     assert found == ["step_000000001", "step_000000002"]

@@ -1,0 +1,28 @@
+"""The benchmark of ingest runs on a cluster, and its figures hang together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--preset", "tiny", "--vocab", "64", "--seq-len", "16", "--global-batch", "8", "--micro-batch", "4"]
+FEW = ["--steps", "2", "--rounds", "1", "--batches", "20", "--stall-steps", "2", "--read-seq-len", "64"]
+
+
+def test_ingest_writes_figures(tmp_path: Path, cluster: dict[str, str]) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "ingest.py"), *TINY, *FEW]
+    command += ["--gigabytes", "0.001", "0.002", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200, env=cluster)
+    content = json.loads((tmp_path / "ingest-cpu-tiny.json").read_text())
+    result = content["result"]
+    assert "ray" in content["versions"]
+    for world in (1, 2):
+        speed = result[f"workers {world}"]
+        assert speed["ray_over_map"]["max"] > 0
+        assert speed["first_batch_s"]["min"] > 0
+    assert 0 <= result["stall"]["ray_waiting_fraction"] < 1
+    assert result["held"].keys() == {"0.001 GB", "0.002 GB"}
+    assert all(held["spilled_mb"] == 0 < held["worker_own_mb"] for held in result["held"].values())
