@@ -14,8 +14,8 @@ from ray_dwm.data.plan import target_rows
 from ray_dwm.engine.batch import Batch, take_share, to_batch
 from ray_dwm.engine.bilevel import BilevelStep, centred_cosine
 from ray_dwm.engine.contraction import FiniteDifference
-from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.mesh import all_gather_rows, all_sum
+from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.setup import build
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.upper import UpperLevel

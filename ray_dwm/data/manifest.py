@@ -79,7 +79,9 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder).expanduser().absolute()
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"{folder} holds no {MANIFEST}: it is no folder of token shards, make one with `ray-dwm prepare`")
+        raise DataError(
+            f"{folder} holds no {MANIFEST}: it is no folder of token shards, make one with `ray-dwm prepare`"
+        )
     try:
         content = json.loads(path.read_text())
         version = content.pop("format_version")
@@ -114,7 +116,9 @@ def _check_size(path: Path, file: ShardFile) -> None:
         raise DataError(f"shard {path} is missing, though the manifest lists it: restore it or prepare anew")
     size = path.stat().st_size
     if size != file.bytes:
-        raise DataError(f"shard {path} has {size} bytes, the manifest says {file.bytes}: it was cut or replaced, prepare anew")
+        raise DataError(
+            f"shard {path} has {size} bytes, the manifest says {file.bytes}: it was cut or replaced, prepare anew"
+        )
 
 
 def file_sha256(path: Path) -> str:

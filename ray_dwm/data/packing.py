@@ -61,7 +61,14 @@ class FileReport:
 
 
 def pack_file(
-    source: Path, number: int, output: Path, tokenizer: Tokenizer, *, seq_len: int, rows_per_file: int, domain_field: str
+    source: Path,
+    number: int,
+    output: Path,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    rows_per_file: int,
+    domain_field: str,
 ) -> FileReport:
     """Tokenise, pack and write one input file.
 

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.errors import DataError
 
-
 FOLDER = "tokenizer"
 """Where a folder of shards keeps a copy of its tokenizer, so that texts and exported LMs need nothing else."""
 
@@ -30,13 +29,17 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder).expanduser().absolute()
         if not (path / "tokenizer.json").is_file():
-            raise DataError(f"{path} holds no tokenizer.json: name a Hugging Face tokenizer folder in prepare.tokenizer")
+            raise DataError(
+                f"{path} holds no tokenizer.json: name a Hugging Face tokenizer folder in prepare.tokenizer"
+            )
         try:
             self._hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many kinds for a damaged folder
             raise DataError(f"tokenizer folder {path} cannot be loaded: {str(error).splitlines()[0]}") from None
         if self._hf.eos_token_id is None:
-            raise DataError(f"tokenizer {path} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+            raise DataError(
+                f"tokenizer {path} has no end-of-sequence token: set eos_token in its tokenizer_config.json"
+            )
         self.name = path.name
         self.sha256 = file_sha256(path / "tokenizer.json")
         self.eos_token_id = int(self._hf.eos_token_id)

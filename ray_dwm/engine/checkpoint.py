@@ -61,6 +61,11 @@ class Checkpointer:
         """Whether this rank is still at it."""
         return self._pending is not None and not self._pending.done()
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is a save whose end has not been told (`wait`); the same on all ranks."""
+        return self._pending is not None
+
     def wait(self) -> Path | None:
         """Wait for the last save, if its end has not been told yet: its folder.
 

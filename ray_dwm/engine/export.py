@@ -12,7 +12,7 @@ from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.records import read_json
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
-from ray_dwm.engine.loop import Parts
+from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.replay import write_trajectory
 from ray_dwm.models.hf import save_dwm, save_lm
 

@@ -18,10 +18,10 @@ from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.identity import difference, foreign, run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
-from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.parallelize import parallelize
+from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.replay import ReplayedWeighting
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
@@ -29,7 +29,7 @@ from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.models.dwm import DwmShape, build_dwm, dwm_shape
 from ray_dwm.models.hf import load_dwm
-from ray_dwm.models.lm import build_lm, lm_config, lm_shape
+from ray_dwm.models.lm import build_lm, flops_per_token, lm_config, lm_shape
 
 
 def check_data(config: RunConfig) -> Manifest:
@@ -200,6 +200,7 @@ def build(
         targets=targets,
         evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
         domains=train.domain_names,
+        flops_per_token=flops_per_token(config.lm.preset, train.vocab_size, tokens),
         weighting=weighting,
         identity=run_identity(config, train),
         mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),

@@ -28,9 +28,7 @@ def packed(tmp_path: Path) -> tuple[FileReport, list[pa.Table], list[dict[str, s
     records = [{"text": f"{word} number {i}. " * (i + 1), "domain": word} for i in range(9) for word in ("sea", "hill")]
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records) + "broken\n")
-    report = pack_file(
-        source, 3, tmp_path, Tokenizer(TOKENIZER), seq_len=16, rows_per_file=10, domain_field="domain"
-    )
+    report = pack_file(source, 3, tmp_path, Tokenizer(TOKENIZER), seq_len=16, rows_per_file=10, domain_field="domain")
     tables = [pa.ipc.open_file(tmp_path / shard.name).read_all() for shard in report.shards]
     return report, tables, records
 
@@ -69,7 +67,7 @@ def test_documents_are_closed_and_markers_in_text_stay_text() -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no tokenizer.json"):
+    with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="cannot be loaded"):

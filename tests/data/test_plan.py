@@ -29,7 +29,7 @@ def test_an_epoch_visits_no_row_twice(epoch: int) -> None:
     rows = np.concatenate([p.rows(first + k) for k in range(p.batches_per_epoch)])
     assert len(rows) == 106 // 8 * 8
     assert len(set(rows.tolist())) == len(rows)
-    assert 0 <= rows.min() and rows.max() < 106
+    assert rows.min() >= 0 and rows.max() < 106
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

@@ -21,7 +21,8 @@ from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import Batch, take_share, to_batch
 from ray_dwm.engine.export import export_dwm
-from ray_dwm.engine.loop import Parts, Trainer
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.setup import build, check_data
 
 LOSS = ["weighting.method=loss"]

@@ -22,9 +22,9 @@ from ray_dwm.engine.bilevel import BilevelStep
 from ray_dwm.engine.contraction import Oracle, Problem
 from ray_dwm.engine.evaluate import mean_loss
 from ray_dwm.engine.ghost import Ghost
-from ray_dwm.engine.loop import Parts
 from ray_dwm.engine.mesh import all_gather_rows, init_mesh, shard
 from ray_dwm.engine.parallelize import parallelize
+from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.setup import build, check_data, read_plan
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weighting import GivenWeights

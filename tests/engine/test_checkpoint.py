@@ -24,7 +24,8 @@ from synthetic import tiny_config
 from ray_dwm.config import RunConfig
 from ray_dwm.data.plan import Cursor
 from ray_dwm.engine.checkpoint import Checkpointer, list_checkpoints
-from ray_dwm.engine.loop import Parts, Trainer
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.setup import build
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.errors import ConfigError, TrainingError
@@ -192,8 +193,8 @@ def load_other(config: RunConfig, other: RunConfig) -> tuple[str, list[str]]:
     ("change", "told"),
     [
         ("train.optimizer=sgd,train.momentum=0.9", "train.optimizer is adamw there and sgd here"),
-        ("lm.preset=quickstart", "lm.heads is 2 there and 4 here"),
-        ("dwm.size=s", "dwm.layers is 1 there and 2 here"),
+        ("lm.preset=quickstart", "lm.width is 32 there and 96 here"),
+        ("dwm.size=s", "dwm.width is 32 there and 64 here"),
         ("weighting.method=uniform", "weighting.method is dwm there and uniform here"),
         ("dwm.delay_steps=5", "Missing key in checkpoint state_dict: weighting.2."),
     ],
@@ -242,6 +243,7 @@ def written_late(config: RunConfig) -> Any:
 
         trainer._train_step = last  # type: ignore[method-assign]
     trainer.fit()
+    dist.barrier()  # rank 0 has renamed the last one
     folder = config.run_dir / "checkpoints"
     return names(config), [stored(path, parts) for path in list_checkpoints(folder)]
 

@@ -20,7 +20,8 @@ from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build, check_data, read_plan
 from ray_dwm.models.lm import build_lm, lm_config
 
-TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
+TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "checkpoint_seconds", "tokens_per_s", "tflops")
+TIMES += ("time_s", "dwm/overhead_frac")
 
 
 def train(config: RunConfig, stop_at: int = 0) -> dict[str, Any]:

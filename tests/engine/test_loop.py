@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from gloo import run
-from synthetic import tiny_config
+from synthetic import VOCAB, tiny_config
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
@@ -19,6 +19,7 @@ from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build
 from ray_dwm.errors import ConfigError, TrainingError
+from ray_dwm.models.lm import flops_per_token
 
 
 def message_of(config: RunConfig) -> str:
@@ -106,7 +107,10 @@ def test_a_profiled_run_leaves_a_trace_of_the_steps_asked_for(shards: dict[str, 
         names = [event.get("name") for event in json.load(stream)["traceEvents"]]
     assert names.count("step") == 2
     assert "aten::mm" in names
+    assert next(line["step"] for line in lines if "checkpoint_seconds" in line) == 4, "saved after 3 and 6 steps"
     for line in lines[1:]:
+        flops = line["tokens_per_s"] * flops_per_token("tiny", VOCAB, 16) / 1e12
+        assert line["tflops"] == pytest.approx(flops) and "mfu" not in line
         parts = [line[f"step_seconds/{part}"] for part in ("forward", "backward", "optimizer")]
         assert 0 < sum(parts) < line["seconds/step"]
         assert min(parts) > 0

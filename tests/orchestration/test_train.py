@@ -22,7 +22,8 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
 from ray_dwm.models.hf import load_dwm
 
-TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "tokens_per_s", "time_s", "dwm/overhead_frac")
+TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "checkpoint_seconds", "tokens_per_s", "tflops")
+TIMES += ("time_s", "dwm/overhead_frac")
 OPTIONS = ("cluster.workers=2", "train.steps=60", "train.eval_every=20", "checkpoint.every=10", "train.micro_batch=4")
 OPTIONS += ("dwm.lr=1e-2", "bilevel.kl=0.3")
 
