@@ -6,6 +6,9 @@ cd "$(dirname "$0")/.."
 out="${1:-benchmarks/results}"
 export PYTHONPATH="$PWD"
 large=(--vocab 32000 --seq-len 2048 --precision bf16 --output "$out")
+# Targets on one H200: 370m at least 45 % MFU, 1.3b at least 50 %.
+python benchmarks/throughput.py --preset 370m "${large[@]}" --global-batch 32 --micro-batch 16 --target-batch 4
+python benchmarks/throughput.py --preset 1.3b "${large[@]}" --global-batch 16 --micro-batch 8 --target-batch 4 --rounds 2
 python benchmarks/loop_overhead.py --preset 370m "${large[@]}" --global-batch 32 --micro-batch 8 --rounds 3
 python benchmarks/bilevel.py --preset 370m "${large[@]}" --global-batch 32 --micro-batch 8 --target-batch 8 \
     --tables cost memory growth --rounds 4 --runs 3
