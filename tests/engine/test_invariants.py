@@ -69,7 +69,7 @@ def plain_training(config: RunConfig) -> list[torch.Tensor]:
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
     plan, reader = read_plan(config, manifest), open_shards(config.data.train)
     for step in range(c.steps):
-        ids = torch.from_numpy(reader.take(plan.rows(step)).input_ids)
+        ids = torch.from_numpy(reader.take(plan.rows(step)).input_ids.astype("int64"))
         logits = model(input_ids=ids).logits
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         (losses.sum() / losses.numel()).backward()

@@ -85,7 +85,7 @@ def expected_weights(config: RunConfig, folder: Path, step: int) -> torch.Tensor
     reader = open_shards(config.data.train)
     rows = reader.take(np.arange(reader.manifest.rows))
     where = {int(key): row for row, key in enumerate(rows.sample_ids)}
-    tokens = torch.from_numpy(rows.input_ids[[where[i] for i in ids]])
+    tokens = torch.from_numpy(rows.input_ids[[where[i] for i in ids]].astype("int64"))
     return 8 * weights_from_scores(model(tokens).detach())
 
 
