@@ -36,7 +36,9 @@ def parallelize(model: Lm, mesh: DeviceMesh, precision: str, config: ParallelCon
         again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
         if config.activation_checkpointing == "selective":
             again["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_dear)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
+        # The second is the first one's name in older transformers.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(again)
     if config.compile:
         for block in blocks:
             block.compile(fullgraph=True)
