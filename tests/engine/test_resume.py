@@ -1,0 +1,156 @@
+"""A run that is stopped continues: on another number of workers, on another mesh, and after a SIGTERM or a warning."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from gloo import run
+from synthetic import tiny_config
+from test_invariants import TIMES, train
+
+from ray_dwm.config import RunConfig
+from ray_dwm.data.records import read_metrics
+from ray_dwm.engine import loop
+from ray_dwm.engine.checkpoint import list_checkpoints, step_of
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.setup import build, check_checkpoint, check_data
+from ray_dwm.errors import ConfigError, Stopped
+
+STEPS, CUT = 10, 7  # the run is cut in step 7; its newest checkpoint is of step 6
+OPTIONS = (f"train.steps={STEPS}", "train.micro_batch=4", "train.lr=1e-3")
+
+
+def layout(world: int, shard: int) -> tuple[str, ...]:
+    return (f"cluster.workers={world}", f"parallel.shard={shard}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One worker, never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    found: dict[str, Any] = run(1, folder / "p", train, tiny_config(shards, folder, *OPTIONS, *layout(1, 0)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, 0), (2, 0)),
+        ((2, 0), (1, 0)),
+        ((2, 0), (4, 0)),
+        ((2, 1), (2, 0)),  # two copies of the LM, then one in two parts
+        ((4, 2), (2, 1)),  # two copies in two parts each, then two whole ones
+    ],
+)
+def test_another_number_of_workers_or_another_mesh_continues_the_curve(
+    undisturbed: dict[str, Any],
+    shards: dict[str, Path],
+    tmp_path: Path,
+    before: tuple[int, int],
+    after: tuple[int, int],
+) -> None:
+    first = tiny_config(shards, tmp_path, *OPTIONS, *layout(*before))
+    run(before[0], tmp_path / "p1", train, first, CUT)
+    assert step_of(list_checkpoints(first.run_dir / "checkpoints")[-1]) == 6
+    found = run(after[0], tmp_path / "p2", train, tiny_config(shards, tmp_path, *OPTIONS, *layout(*after)))
+    assert [line["step"] for line in found["lines"]] == list(range(STEPS + 1))
+    assert found["lines"][-1]["dwm/version"] > found["lines"][6]["dwm/version"] > 0
+    for whole, resumed in zip(undisturbed["lines"], found["lines"], strict=True):
+        for key in ("loss", "val/target/loss", "val/test/loss"):
+            assert (key in whole) == (key in resumed)
+            if key in whole:
+                assert resumed[key] == pytest.approx(whole[key], rel=1e-5), (whole["step"], key)
+
+
+def lines_of(config: RunConfig) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(TIMES)}
+        for line in read_metrics(config.run_dir / "metrics.jsonl")
+    ]
+
+
+def terminated(config: RunConfig, at: int, victim: int) -> str:
+    """A run of whose processes one gets a SIGTERM in the step after `at`; every rank must hear of it and end."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(build(config))
+    step = trainer._train_step
+
+    def signalled(index: int, *batches: Any) -> Any:
+        if index == at and dist.get_rank() == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(index, *batches)
+
+    trainer._train_step = signalled  # type: ignore[method-assign]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as raised:
+        trainer.fit()
+    assert signal.getsignal(signal.SIGTERM) == before
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("world", "victim"), [(1, 0), (2, 1)])
+def test_sigterm_to_one_process_saves_and_ends_all_and_leaves_no_trace(
+    shards: dict[str, Path], tmp_path: Path, world: int, victim: int
+) -> None:
+    options = ("train.steps=8", "checkpoint.every=100", f"cluster.workers={world}")
+    whole = tiny_config(shards, tmp_path / "a", *options)
+    run(world, tmp_path / "p0", train, whole)
+    config = tiny_config(shards, tmp_path / "b", *options)
+    message = run(world, tmp_path / "p1", terminated, config, 4, victim)
+    assert message == f"[{config.name}] stopped at step 5: checkpoint saved, the same command continues"
+    assert [path.name for path in list_checkpoints(config.run_dir / "checkpoints")] == ["step_000000005"]
+    run(world, tmp_path / "p2", train, config)
+    assert lines_of(config) == lines_of(whole)
+
+
+def warned(config: RunConfig, interval: float, at: int) -> list[tuple[int, bool]]:
+    """Checkpoints that were told, in a run that is warned at the look number `at`."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    looks, told = 0, []
+
+    def preempted() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks == at
+
+    def on_checkpoint(step: int, path: Path, figures: dict[str, float]) -> None:
+        told.append((step, path.is_dir()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "NOTICE_INTERVAL_S", interval)
+        Trainer(build(config, preempted=preempted, on_checkpoint=on_checkpoint)).fit()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("interval", "at", "expected"),
+    [(0.0, 4, [(4, True), (6, True)]), (1000.0, 1, [(1, True), (6, True)]), (1000.0, 2, [(6, True)])],
+)
+def test_a_warning_saves_a_checkpoint_and_training_goes_on(
+    shards: dict[str, Path], tmp_path: Path, interval: float, at: int, expected: list[tuple[int, bool]]
+) -> None:
+    config = tiny_config(shards, tmp_path, "checkpoint.every=100", "cluster.workers=2")
+    assert run(2, tmp_path / "p", warned, config, interval, at) == expected
+
+
+def saved_and_checked(config: RunConfig, other: RunConfig) -> str:
+    train(config)
+    manifest = check_data(config)
+    check_checkpoint(config, manifest)
+    with pytest.raises(ConfigError) as raised:
+        check_checkpoint(other, manifest)
+    assert raised.value.exit_code == 2
+    return str(raised.value)
+
+
+def test_the_driver_refuses_a_checkpoint_of_another_run_before_anything_starts(
+    shards: dict[str, Path], tmp_path: Path
+) -> None:
+    config, other = tiny_config(shards, tmp_path), tiny_config(shards, tmp_path, "lm.preset=quickstart")
+    message = run(1, tmp_path / "p", saved_and_checked, config, other)
+    assert "step_000000006 is of another run (lm.width is 32 there and 96 here)" in message
