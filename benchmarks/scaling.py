@@ -1,10 +1,10 @@
 """Weak scaling over 1, 2 and 4 gloo ranks: tokens per second, and bytes over the loopback device beside the plan's.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py        (on a machine that does nothing else: its loopback traffic would be counted)
 
-Every rank has the same number of sequences and one thread, whatever the number of ranks. Efficiency is tokens per second
-of a rank over that of a single one, and means something only while there is a core for each rank. Bytes are what the
-kernel counts on `lo` for all processes together, with packet headers, over the same steps; the prediction is
+Every rank has the same number of sequences and one thread, whatever the number of ranks. Efficiency is the tokens per
+second of a rank over that of a single one, and means something only while there is a core for each rank. Bytes are
+what the kernel counts on `lo` for all processes together, with packet headers, over the same steps; the prediction is
 `planning.predicted_traffic`, for all ranks together.
 """
 
@@ -93,7 +93,8 @@ def main() -> None:
         row["efficiency"] = row["tokens_per_s_per_rank"]["median"] / alone["tokens_per_s_per_rank"]["median"]
     show(result)
     with tempfile.TemporaryDirectory() as folder:
-        print(f"written to {write_result('scaling', args, run_config(args, Path(folder)), result)}")
+        config = run_config(args, Path(folder), *KINDS["uniform"])
+    print(f"written to {write_result('scaling', args, config, result)}")
 
 
 if __name__ == "__main__":

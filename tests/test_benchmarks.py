@@ -94,3 +94,22 @@ def test_peers_find_the_hypergradient_that_the_engine_finds(tmp_path: Path, monk
 
 def test_gpu_script_is_sound_shell() -> None:
     subprocess.run(["bash", "-n", str(FOLDER / "gpu.sh")], check=True)
+
+
+def test_throughput_writes_a_row_for_every_layout(tmp_path: Path) -> None:
+    few = ["loss chunks", "DWM, eager"]
+    call("throughput", tmp_path, "--steps", "2", "--rounds", "1", "--precision", "bf16", "--contenders", *few)
+    rows = json.loads((tmp_path / "throughput-cpu-tiny.json").read_text())["result"]
+    assert list(rows) == few
+    for row in rows.values():
+        assert row["tokens_per_s_per_worker"]["median"] > 0
+        assert row["peak_gib"] > 0
+        assert "mfu" not in row, "a CPU has no known peak"
+
+
+def test_scaling_puts_the_plan_beside_what_was_sent(tmp_path: Path) -> None:
+    call("scaling", tmp_path, "--steps", "3", "--rounds", "1", "--worlds", "1", "2")
+    rows = json.loads((tmp_path / "scaling-cpu-tiny.json").read_text())["result"]
+    assert rows["1, uniform"]["predicted_bytes"] == 0
+    assert rows["2, uniform"]["predicted_bytes"] > 0  # what was sent is no test's: others use the device, too
+    assert rows["2, DWM"]["predicted_bytes"] > rows["2, uniform"]["predicted_bytes"]
