@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from ray_dwm.config import RunConfig
 from ray_dwm.data.plan import Cursor
 from ray_dwm.engine.identity import Identity, difference, foreign, read_identity, write_identity
+from ray_dwm.engine.messages import say
 from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage, first_line
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.errors import TrainingError
@@ -31,7 +32,7 @@ class Checkpointer:
     """Saves and restores the training state of all ranks; they call all methods together, but for `writing`."""
 
     def __init__(self, config: RunConfig, state: TrainingState, identity: Identity, mesh: Mapping[str, int]) -> None:
-        self._folder, self._name, self._options = config.run_dir / "checkpoints", config.name, config.checkpoint
+        self._folder, self._options = config.run_dir / "checkpoints", config.checkpoint
         self._state, self._identity, self._mesh = state, identity, mesh
         # A group of its own, on the CPU: the writer's collectives run beside those of the step.
         self._group = dist.new_group(backend="gloo")
@@ -175,10 +176,10 @@ class Checkpointer:
                 aside = path.with_suffix(".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-                print(
-                    f"[{self._name}] warning: checkpoint {path.name} is damaged ({reason}), kept as {aside.name}: "
-                    f"continuing from step {step}",
-                    flush=True,
+                say(
+                    self._folder.parent,
+                    f"warning: checkpoint {path.name} is damaged ({reason}), kept as {aside.name}: continuing from "
+                    f"step {step}",
                 )
             for left in self._folder.glob("step_*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)

@@ -12,6 +12,7 @@ from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import Clock, Stopwatch, overhead
 from ray_dwm.engine.mesh import all_gather_rows
+from ray_dwm.engine.messages import say
 from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.step import StepResult
@@ -132,10 +133,10 @@ class Recorder:
         if entropy < self._config.dwm.min_entropy and not self._alarmed:
             self._alarmed = True
             if self._main:
-                print(
-                    f"[{self._config.name}] warning: at step {step} the weights' entropy is {entropy:.3f} of log B, "
-                    f"below dwm.min_entropy = {self._config.dwm.min_entropy:g}: raise bilevel.kl or dwm.temperature",
-                    flush=True,
+                say(
+                    self._config.run_dir,
+                    f"warning: at step {step} the weights' entropy is {entropy:.3f} of log B, below dwm.min_entropy = "
+                    f"{self._config.dwm.min_entropy:g}: raise bilevel.kl or dwm.temperature",
                 )
 
     def _guard(self, step: int, ess_fraction: float) -> None:

@@ -14,6 +14,7 @@ from ray_dwm.engine.batch import Batch, draw
 from ray_dwm.engine.bilevel import BilevelStep, Outcome
 from ray_dwm.engine.budget import Budget
 from ray_dwm.engine.mesh import is_main
+from ray_dwm.engine.messages import say
 from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.weigher import Weigher
 
@@ -89,10 +90,10 @@ class UpperLevel:
     def _warn(self, step: int, outcome: Outcome) -> None:
         fidelity, least = outcome.figures.get("dwm/fidelity", 1.0), self._config.bilevel.min_fidelity
         if not fidelity >= least and is_main():
-            print(
-                f"[{self._config.name}] warning: at step {step + 1} the alignments' fidelity is {fidelity:.3f}, below "
-                f"bilevel.min_fidelity = {least:g}: raise bilevel.rank, or use bilevel.estimator=central",
-                flush=True,
+            say(
+                self._config.run_dir,
+                f"warning: at step {step + 1} the alignments' fidelity is {fidelity:.3f}, below bilevel.min_fidelity = "
+                f"{least:g}: raise bilevel.rank, or use bilevel.estimator=central",
             )
 
     def _spend(self, budget: Budget, step: int, seconds: Mapping[str, float], bilevel: bool) -> dict[str, float]:
@@ -102,10 +103,10 @@ class UpperLevel:
         if is_main():
             limit = self._config.bilevel.max_overhead
             verdict = "" if choice.overhead <= limit else ": the DWM's forward alone exceeds it, use a smaller dwm.size"
-            print(
-                f"[{self._config.name}] step {step + 1}: a bi-level step every {choice.every} steps, target batch "
-                f"{choice.target_batch}: overhead {choice.overhead:.1%} of at most {limit:.1%}{verdict}",
-                flush=True,
+            say(
+                self._config.run_dir,
+                f"step {step + 1}: a bi-level step every {choice.every} steps, target batch {choice.target_batch}: "
+                f"overhead {choice.overhead:.1%} of at most {limit:.1%}{verdict}",
             )
         return {"bilevel/every": choice.every, "bilevel/target_batch": choice.target_batch}
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from ray_dwm.config import RunConfig
+from ray_dwm.engine.messages import MESSAGES
 
 _POLL_S = 0.5
 _PLAIN_INTERVAL_S = 10.0
@@ -21,6 +22,9 @@ class Progress:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._path = config.run_dir / "metrics.jsonl"
+        self._messages = config.run_dir / MESSAGES
+        self._told = self._messages.stat().st_size if self._messages.exists() else 0
+        """Bytes of what the workers have said that were there before, or have been passed on."""
         self._live = sys.stdout.isatty()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -49,7 +53,19 @@ class Progress:
         self._last_plain = 0.0
         self._show(rates)
 
+    def _pass_on(self) -> None:
+        """Print what the workers have said since the last look."""
+        if not self._messages.exists():
+            return
+        with self._messages.open("rb") as stream:
+            stream.seek(self._told)
+            whole = stream.read().rpartition(b"\n")[0]
+        if whole:
+            self._told += len(whole) + 1
+            print(("\r\x1b[K" if self._live else "") + whole.decode(errors="replace"), flush=True)
+
     def _show(self, rates: list[float]) -> None:
+        self._pass_on()
         line = _last_line(self._path)
         if line is None or line["step"] == self._shown_step or "loss" not in line:
             return

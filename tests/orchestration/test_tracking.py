@@ -12,6 +12,7 @@ import pytest
 from synthetic import tiny_config
 
 from ray_dwm.config import to_yaml
+from ray_dwm.engine.messages import MESSAGES, say
 from ray_dwm.orchestration.progress import Progress
 from ray_dwm.orchestration.tracking import sinks
 
@@ -68,3 +69,17 @@ def test_plain_line_where_there_is_no_terminal(
         line = {"step": 3, "tokens": 600, "loss": 2.5, "tokens_per_s": 100.0, **extra}
         (config.run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert out.getvalue().splitlines() == ["[run] starting 1 workers", expected]
+
+
+def test_what_workers_say_is_passed_on_once(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    config = tiny_config(shards, tmp_path)
+    config.run_dir.mkdir()
+    say(config.run_dir, "of an attempt before")
+    with Progress(config), (config.run_dir / MESSAGES).open("a") as stream:
+        stream.write("[run] warning: one\n[run] two\n[run] not who")
+    told = out.getvalue().splitlines()
+    assert told == ["[run] of an attempt before", "[run] starting 1 workers", "[run] warning: one", "[run] two"]

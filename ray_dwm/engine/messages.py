@@ -1,0 +1,15 @@
+"""What a run tells people besides its figures: warnings and choices, to its output and to messages.log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MESSAGES = "messages.log"
+
+
+def say(run_dir: Path, text: str) -> None:
+    """One line, by rank 0; the file is for those who do not see a worker's output, as on Ray."""
+    line = f"[{run_dir.name}] {text}"
+    print(line, flush=True)
+    with (run_dir / MESSAGES).open("a") as stream:
+        stream.write(line + "\n")
