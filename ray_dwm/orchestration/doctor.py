@@ -38,7 +38,7 @@ class Doctor:
         self._run = absolute(config) if config else load([], ["train.precision=bf16", "weighting.method=uniform"])
         self._progress = progress
         self._nodes: list[NodeFacts] = []
-        self._workers, self._busy = 0, False
+        self._workers = 0
         self._findings: list[Finding] = []
 
     def examine(self) -> list[Finding]:
@@ -128,20 +128,16 @@ class Doctor:
             self._check("object store", self._object_store)
             storage, inputs = run.run_dir.parent, doctor_config.input_files(run)
             self._check("storage", lambda: doctor_probes.check_storage(storage, inputs, _ANSWER_S))
-        if not fits or self._busy:
-            reason = "others hold what the workers need" if fits else "the cluster cannot hold the run's workers"
-            self._skip("attention", reason)
-            self._skip("process group", reason)
+        if not fits:
+            self._skip("attention", "the cluster cannot hold the run's workers")
+            self._skip("process group", "the cluster cannot hold the run's workers")
             return
         self._check("attention", self._attention)
         self._check("process group", lambda: doctor_probes.check_group(run, self._workers, _WAIT_S))
 
     def _resources(self) -> list[Finding]:
         self._workers = preflight(self._run)
-        total, free = ray.cluster_resources(), ray.available_resources()
-        row = doctor_config.check_free(self._run, self._workers, total, free)
-        self._busy = row.state == "warning"
-        return [row]
+        return [doctor_config.check_free(self._run, self._workers, ray.cluster_resources(), ray.available_resources())]
 
     def _object_store(self) -> list[Finding]:
         run, size = self._run, 0
