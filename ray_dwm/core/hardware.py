@@ -86,9 +86,13 @@ _NAMES = {
     "rtx4090": ("rtx 4090",),
 }
 """Parts of what NVIDIA's driver calls them, the more particular first."""
+_OTHERS = ("nvl", "mig", "gb200", "gh200", "laptop", "4090 d")
+"""Parts of the names of relatives with another peak: no MFU is better than a wrong one."""
 
 
 def recognise(device_name: str) -> Gpu | None:
     """The kind of GPU that a driver means, as in `NVIDIA H100 80GB HBM3`; None where it is none of these."""
     lower = device_name.lower()
+    if any(part in lower for part in _OTHERS):
+        return None
     return next((GPUS[name] for name, parts in _NAMES.items() if all(part in lower for part in parts)), None)

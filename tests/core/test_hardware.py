@@ -19,6 +19,13 @@ from ray_dwm.core.hardware import GPUS, recognise
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA B200", "b200"),
         ("Tesla T4", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_drivers_names_are_recognised(driver: str, name: str | None) -> None:
