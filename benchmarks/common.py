@@ -30,6 +30,7 @@ from ray_dwm.config import RunConfig, load, to_dict
 from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile
 from ray_dwm.data.shards import Rows, open_shards, write_shard
 from ray_dwm.engine.batch import BatchSource, LocalSource
+from ray_dwm.engine.clock import synchronize
 from ray_dwm.engine.learner import WeightService
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import device, init_mesh
@@ -161,12 +162,6 @@ def now() -> float:
     """The clock, once the device has done what it was given."""
     synchronize()
     return time.perf_counter()
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def resident() -> int:

@@ -18,7 +18,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import WARM_STEPS, make_shards, parser, run_config, run_ranks, spread, timed_fit, write_result
+from bilevel_bench import dwm_config, random_shards
+from common import WARM_STEPS, parser, run_config, run_ranks, spread, timed_fit, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -61,11 +62,10 @@ def measure(args: argparse.Namespace, world: int, kind: str) -> dict[str, Any]:
     batch = args.global_batch * world
     own = argparse.Namespace(**{**vars(args), "global_batch": batch, "workers": world})
     with tempfile.TemporaryDirectory() as folder:
-        for data in ("train", "target"):
-            make_shards(Path(folder) / data, 4 * batch, args.vocab, args.seq_len)
-        learning = [f"data.target={Path(folder) / 'target'}", f"bilevel.target_batch={args.target_batch}"]
-        learning += [f"bilevel.warmup_steps={WARM_STEPS + 1}", "bilevel.fidelity_every=0"]
-        config = run_config(own, Path(folder), *learning, *KINDS[kind])
+        random_shards(own, Path(folder))
+        learning = ["bilevel.every=10", f"bilevel.warmup_steps={WARM_STEPS + 1}"]
+        learning.append(f"bilevel.target_batch={args.target_batch}")
+        config = dwm_config(own, Path(folder), *learning, *KINDS[kind])
         found = run_ranks(turn, world, config, args.steps, args.rounds)
         predicted = world * sum(predicted_traffic(config).values())
     rates = [args.steps * args.global_batch * args.seq_len / s for s in found["seconds"]]

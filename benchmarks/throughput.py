@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import make_shards, parser, peak_of, run_config, run_ranks, spread, timed_fit, write_result
+from bilevel_bench import dwm_config, random_shards
+from common import parser, peak_of, run_ranks, spread, timed_fit, write_result
 from rich.console import Console
 from rich.table import Table
 
 from ray_dwm.config import RunConfig
+from ray_dwm.core.accounting import mfu
 from ray_dwm.core.hardware import recognise
 from ray_dwm.engine.mesh import device
 from ray_dwm.models.lm import flops_per_token
@@ -61,9 +63,8 @@ def turn(config: RunConfig, steps: int) -> dict[str, Any]:
 
 def contender(args: argparse.Namespace, folder: Path, name: str) -> RunConfig:
     """A contender's configuration: bi-level steps from the first timed step on, every 10."""
-    learning = [f"data.target={folder / 'target'}", f"bilevel.target_batch={args.target_batch}"]
-    learning += ["bilevel.warmup_steps=2", "bilevel.fidelity_every=0"]
-    return run_config(args, folder, *learning, *CONTENDERS[name])
+    learning = ["bilevel.every=10", "bilevel.warmup_steps=2", f"bilevel.target_batch={args.target_batch}"]
+    return dwm_config(args, folder, *learning, *CONTENDERS[name])
 
 
 def summarise(args: argparse.Namespace, config: RunConfig, turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def summarise(args: argparse.Namespace, config: RunConfig, turns: list[dict[str,
     }
     gpu = recognise(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if gpu is not None:
-        row["mfu"] = median(rates) * flops / (gpu.bf16 if config.train.precision == "bf16" else gpu.fp32)
+        row["mfu"] = mfu(median(rates), flops, gpu.peak(config.train.precision == "bf16"))
     return row
 
 
@@ -106,8 +107,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in args.contenders:
             with tempfile.TemporaryDirectory() as folder:
-                for data in ("train", "target"):
-                    make_shards(Path(folder) / data, 4 * args.global_batch, args.vocab, args.seq_len)
+                random_shards(args, Path(folder))
                 config = contender(args, Path(folder), name)
                 turns[name].append(run_ranks(turn, config.cluster.most_workers, config, args.steps))
     result = {name: summarise(args, config, found) for name, found in turns.items()}

@@ -39,7 +39,7 @@ class Speed:
     @property
     def peak(self) -> float:
         """FLOP/s of the compute dtype."""
-        return self.gpu.bf16 if self.bf16 else self.gpu.fp32
+        return self.gpu.peak(self.bf16)
 
 
 @dataclass(frozen=True, slots=True)

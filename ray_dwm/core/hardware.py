@@ -33,6 +33,10 @@ class Gpu:
     """Bytes/s to its host's memory (PCIe x16)."""
     per_node: int = 8
 
+    def peak(self, bf16: bool) -> float:
+        """Dense FLOP/s of a compute dtype."""
+        return self.bf16 if bf16 else self.fp32
+
 
 PCIE4, PCIE5 = 32e9, 64e9
 """x16, one direction (PCI-SIG): 31.5 and 63 GB/s, rounded as vendors do."""

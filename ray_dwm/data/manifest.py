@@ -70,6 +70,12 @@ class Manifest:
         (self.folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def find_manifest(folder: str | Path) -> Manifest | None:
+    """See `load_manifest`; None where no folder is named, or the shards have not been made yet."""
+    there = bool(folder) and (Path(folder).expanduser() / MANIFEST).is_file()
+    return load_manifest(folder) if there else None
+
+
 def load_manifest(folder: str | Path) -> Manifest:
     """Read a folder's manifest and check it against the files' presence and sizes.
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from ray_dwm.config import RunConfig
 from ray_dwm.data.plan import Cursor
 from ray_dwm.engine.identity import Identity, difference, foreign, read_identity, write_identity
+from ray_dwm.engine.mesh import is_main
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage, first_line
 from ray_dwm.engine.state import TrainingState
@@ -38,7 +39,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
-        self._main = dist.get_rank() == 0
+        self._main = is_main()
 
     def save(self, step: int, cursor: Cursor) -> None:
         """Save the state after `step` steps, when the save before it has ended (`wait`).

@@ -12,6 +12,7 @@ from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.records import read_json
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
+from ray_dwm.engine.mesh import is_main
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.replay import write_trajectory
 from ray_dwm.models.hf import save_dwm, save_lm
@@ -19,7 +20,7 @@ from ray_dwm.models.hf import save_dwm, save_lm
 
 def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
     """Write the DWM version that LM step `step` (counted from 1) used to dwm/v*/, and the index of all, on rank 0."""
-    if dist.get_rank() != 0 or parts.weigher is None:
+    if not is_main() or parts.weigher is None:
         return
     version = parts.weigher.version
     schedule, since = parts.weigher.schedule, step - 1
@@ -46,7 +47,7 @@ def export_lm(parts: Parts, train: Manifest) -> None:
     """Gather the LM and write it to hf/ with its tokenizer; all ranks take part, rank 0 writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(parts.lower.model, options=options)
-    if dist.get_rank() == 0:
+    if is_main():
         config = parts.config
         steps = config.train.steps
         save_lm(

@@ -12,7 +12,6 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from ray_dwm.data.plan import Cursor
 from ray_dwm.data.shards import Rows
@@ -20,7 +19,7 @@ from ray_dwm.engine.batch import Batch, to_batch
 from ray_dwm.engine.checkpoint import Checkpointer, step_of
 from ray_dwm.engine.clock import Clock
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
-from ray_dwm.engine.mesh import all_sum
+from ray_dwm.engine.mesh import all_sum, is_main
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.profiling import StepProfiler
 from ray_dwm.engine.recorder import Recorder
@@ -59,7 +58,7 @@ class Trainer:
         self._terminated = threading.Event()
         self._next_look = 0.0
         self._clock, self._profiler = Clock(), StepProfiler(parts.config)
-        self._main = dist.get_rank() == 0
+        self._main = is_main()
 
     def fit(self) -> dict[str, float]:
         """Train from the newest checkpoint to the last step; returns the last figures.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from ray_dwm.config import RunConfig
+from ray_dwm.engine.mesh import is_main
 
 
 class StepProfiler:
@@ -15,7 +15,7 @@ class StepProfiler:
     def __init__(self, config: RunConfig) -> None:
         train = config.train
         self._first, self._stop = train.profile_first, train.profile_first + train.profile_steps
-        self._wanted = train.profile and dist.get_rank() == 0
+        self._wanted = train.profile and is_main()
         self._folder = config.run_dir / "profile"
         self._running: profile | None = None
         self._last = 0

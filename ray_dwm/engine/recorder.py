@@ -11,7 +11,7 @@ from ray_dwm.core.weighting import effective_sample_size, normalised_entropy
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import Clock, Stopwatch, overhead
-from ray_dwm.engine.mesh import all_gather_rows
+from ray_dwm.engine.mesh import all_gather_rows, is_main
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
 from ray_dwm.engine.parts import Parts
@@ -27,7 +27,8 @@ class Recorder:
         """Continue after `step` steps: what was written down after it goes."""
         self._parts, self._config, self._clock, self._upper = parts, parts.config, clock, upper
         self._weighting = parts.weighting
-        self._main = dist.get_rank() == 0
+        self._gpu = recognise(torch.cuda.get_device_name()) if parts.device.type == "cuda" else None
+        self._main = is_main()
         self._alarmed = False
         self.held_up = Stopwatch()
         """How long checkpoints have held up training since the last line."""
@@ -93,10 +94,8 @@ class Recorder:
         """Model TFLOP/s of a worker, and their part of the device's dense peak where that is known."""
         per_worker, flops = tokens_per_s / dist.get_world_size(), self._parts.flops_per_token
         figures = {"tflops": per_worker * flops / 1e12}
-        gpu = recognise(torch.cuda.get_device_name()) if self._parts.device.type == "cuda" else None
-        if gpu is not None:
-            peak = gpu.bf16 if self._config.train.precision == "bf16" else gpu.fp32
-            figures["mfu"] = mfu(per_worker, flops, peak)
+        if self._gpu is not None:
+            figures["mfu"] = mfu(per_worker, flops, self._gpu.peak(self._config.train.precision == "bf16"))
         return figures
 
     def _weight_figures(

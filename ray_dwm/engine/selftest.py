@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ray_dwm.engine.attention import KERNELS
+from ray_dwm.engine.clock import synchronize
 from ray_dwm.engine.mesh import all_sum, device, init_mesh
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -155,6 +156,5 @@ def _all_reduce_rate(place: torch.device, repeats: int = 4) -> float:
     begin = time.perf_counter()
     for _ in range(repeats):
         dist.all_reduce(values)
-    if place.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
     return repeats * _REDUCED_BYTES / (time.perf_counter() - begin)

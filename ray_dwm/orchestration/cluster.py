@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+from typing import Any
 
 import ray
 import ray.data
@@ -92,6 +93,11 @@ def worker_bundle(config: RunConfig) -> dict[str, float]:
     return {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
 
 
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's records of the nodes."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
     """How many of a bundle the nodes hold together; one never spans two nodes."""
     asked = {kind: amount for kind, amount in bundle.items() if amount > 0}
@@ -115,7 +121,7 @@ def preflight(config: RunConfig) -> int:
                 f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or "
                 f"cluster.{kind.lower()}s_per_worker, or add nodes"
             )
-    fit = fitting([node["Resources"] for node in ray.nodes() if node["Alive"]], worker_bundle(config))
+    fit = fitting([node["Resources"] for node in alive_nodes()], worker_bundle(config))
     if fit < cluster.least_workers:
         raise ResourceError(
             f"only {fit} of {cluster.least_workers} workers of {cluster.cpus_per_worker:g} CPUs and "

@@ -8,19 +8,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import ray
 
 from ray_dwm.config import RunConfig, load
-from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.manifest import find_manifest
 from ray_dwm.engine.setup import seq_len
 from ray_dwm.errors import ResourceError
 from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
-from ray_dwm.orchestration.cluster import connect, preflight
+from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
-from ray_dwm.orchestration.findings import Finding, attempt, has_failed, run_check
+from ray_dwm.orchestration.findings import Finding, attempt, count, has_failed, run_check
 from ray_dwm.orchestration.train import absolute, storage_is_temporary
 
 _LIMIT_S = 120.0
@@ -101,8 +100,8 @@ class Doctor:
 
     def _connect(self) -> list[Finding]:
         connect(self._run)
-        nodes, own = len(doctor_probes.alive_nodes()), "" if os.environ.get("RAY_ADDRESS") else ", started for this"
-        return [Finding("Ray", "ok", f"cluster of {nodes} node{'' if nodes == 1 else 's'}{own}")]
+        own = "" if os.environ.get("RAY_ADDRESS") else ", started for this"
+        return [Finding("Ray", "ok", f"cluster of {count(len(alive_nodes()), 'node')}{own}")]
 
     def _ask_nodes(self) -> list[Finding]:
         self._nodes, rows = doctor_probes.ask_nodes(list(self._packages()), _ANSWER_S)
@@ -140,16 +139,14 @@ class Doctor:
         return [doctor_config.check_free(self._run, self._workers, ray.cluster_resources(), ray.available_resources())]
 
     def _object_store(self) -> list[Finding]:
-        run, size = self._run, 0
-        if Path(run.data.train, "manifest.json").is_file():
-            size = doctor_config.dwm_bytes(run, load_manifest(run.data.train))
+        run, train = self._run, find_manifest(self._run.data.train)
+        size = doctor_config.dwm_bytes(run, train) if train else 0
         return doctor_config.check_object_store(run, self._nodes, size)
 
     def _attention(self) -> list[Finding]:
         run, shape = self._run, lm_shape(self._run.lm.preset)
-        tokens = run.lm.seq_len or run.prepare.seq_len
-        if Path(run.data.train, "manifest.json").is_file():
-            tokens = seq_len(run, load_manifest(run.data.train))
+        train = find_manifest(run.data.train)
+        tokens = seq_len(run, train) if train else run.lm.seq_len or run.prepare.seq_len
         head_dim = shape.width // shape.heads
         return doctor_probes.check_attention(run, head_dim, tokens, run.train.precision, _WAIT_S)
 

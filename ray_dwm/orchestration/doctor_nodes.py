@@ -25,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 
 import ray_dwm
 from ray_dwm.config import RunConfig
-from ray_dwm.orchestration.findings import Finding
+from ray_dwm.orchestration.findings import Finding, count
 
 LEAST_OPEN_FILES = 8192
 """What Ray recommends for `ulimit -n`; a worker, its streams and its process group hold hundreds of sockets."""
@@ -192,7 +192,7 @@ def check_same_versions(have_python: str, have: dict[str, str], nodes: Sequence[
     if different:
         remedy = "give all nodes one image or one lock file (constraints.txt)"
         return Finding(check, "failed", "; ".join(different), remedy)
-    return Finding(check, "ok", f"the same on {_count(len(nodes), 'node')}")
+    return Finding(check, "ok", f"the same on {count(len(nodes), 'node')}")
 
 
 def _minor(version: str) -> str:
@@ -232,7 +232,7 @@ def check_limits(nodes: Sequence[NodeFacts]) -> list[Finding]:
     if few:
         files = Finding("open files", "warning", "; ".join(few), f"ulimit -n {8 * LEAST_OPEN_FILES} before `ray start`")
     else:
-        files = Finding("open files", "ok", f"at least {LEAST_OPEN_FILES} on {_count(len(nodes), 'node')}")
+        files = Finding("open files", "ok", f"at least {LEAST_OPEN_FILES} on {count(len(nodes), 'node')}")
     return [files, _check_spill(nodes)]
 
 
@@ -262,7 +262,7 @@ def check_clocks(nodes: Sequence[NodeFacts]) -> Finding:
     late = [f"{node.name}: {node.skew_s:.0f} s" for node in nodes if node.skew_s > MOST_SKEW_S]
     if late:
         return Finding("clocks", "warning", f"differ from here: {'; '.join(late)}", "run an NTP client on all nodes")
-    return Finding("clocks", "ok", f"within {MOST_SKEW_S:g} s on {_count(len(nodes), 'node')}")
+    return Finding("clocks", "ok", f"within {MOST_SKEW_S:g} s on {count(len(nodes), 'node')}")
 
 
 def check_wandb(config: RunConfig, nodes: Sequence[NodeFacts]) -> Finding:
@@ -275,7 +275,3 @@ def check_wandb(config: RunConfig, nodes: Sequence[NodeFacts]) -> Finding:
     if mode == "auto":
         mode = "auto: offline, no WANDB_API_KEY on a node" if without else "auto: online where WANDB_API_KEY is set"
     return Finding("W&B", "ok", mode)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -22,9 +22,9 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.engine.selftest import AttentionProbe, GroupProbe, probe_attention, probe_group
 from ray_dwm.errors import ResourceError
-from ray_dwm.orchestration.cluster import worker_bundle
+from ray_dwm.orchestration.cluster import alive_nodes, fitting, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts, node_facts
-from ray_dwm.orchestration.findings import Finding, failure
+from ray_dwm.orchestration.findings import Finding, count, failure
 
 _BUSY = "wait until the cluster is less busy, or ask for less (cluster.*)"
 _NETWORK = "let nodes reach each other on all ports; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use"
@@ -66,11 +66,6 @@ def _name(node: dict[str, Any]) -> str:
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
-def alive_nodes() -> list[dict[str, Any]]:
-    """Ray's records of the nodes."""
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
 def ask_nodes(packages: Sequence[str], limit_s: float) -> tuple[list[NodeFacts], list[Finding]]:
     """The facts of every node that answers; clocks are compared when its process is warm."""
     nodes = alive_nodes()
@@ -92,8 +87,7 @@ def _clock() -> float:
 def check_attention(config: RunConfig, head_dim: int, seq_len: int, precision: str, limit_s: float) -> list[Finding]:
     """Try the attention kernels on every node that can hold a worker; one row for each kind of device."""
     bundle = worker_bundle(config)
-    wanted = {kind: amount for kind, amount in bundle.items() if amount}
-    nodes = [n for n in alive_nodes() if all(n["Resources"].get(k, 0) >= amount for k, amount in wanted.items())]
+    nodes = [node for node in alive_nodes() if fitting([node["Resources"]], bundle)]
     if not nodes:
         return [Finding("attention", "skipped", "no node can hold a worker")]
     shape = {"head_dim": head_dim, "seq_len": seq_len, "precision": precision}
@@ -234,7 +228,7 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
                 remedy = "mount one shared file system at the same path on all nodes, and put storage and data there"
                 rows.append(Finding("storage", "failed", f"{_name(node)}: {'; '.join(problems)}", remedy))
         if not rows:
-            seen = f"written and read by {len(answers)} node{'' if len(answers) == 1 else 's'}: {storage}"
+            seen = f"written and read by {count(len(answers), 'node')}: {storage}"
             same = f"; {len(inputs)} data files are the same there" if inputs else ""
             rows.append(Finding("storage", "ok", seen + same))
         return rows

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ray_dwm.config import RunConfig
 from ray_dwm.engine.learner import DwmLearner, Feedback, State
-from ray_dwm.engine.mesh import all_sum, device
+from ray_dwm.engine.mesh import all_sum, device, is_main
 from ray_dwm.errors import DwmError, ResourceError, TrainingError
 from ray_dwm.orchestration.cluster import NAMESPACE, actor_cpus
 
@@ -122,7 +122,7 @@ class RemoteWeightService:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._main = dist.get_rank() == 0
+        self._main = is_main()
         life = torch.tensor(time.time_ns() if self._main else 0, device=device())
         self._life = int(all_sum(life))
         self._last: State | None = None

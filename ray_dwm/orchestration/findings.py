@@ -71,6 +71,11 @@ def failure(name: str, error: BaseException) -> Finding:
     return Finding(name, "failed", f"{type(error).__name__}: {line}", "look into the logs of Ray (/tmp/ray)")
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def has_failed(findings: Iterable[Finding]) -> bool:
     """Whether the run cannot work as things are."""
     return any(finding.state == "failed" for finding in findings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_dwm.core import budget
 from ray_dwm.core.costs import (
@@ -118,34 +118,24 @@ def estimate(job: Job, speed: Speed) -> Estimate:
     links = Links.of(speed.gpu, job.layout, copies)
     micro, passes = job.micro_batch, job.micro_batches
     step = pass_time(job.llama, job.layout, copies, speed, passes, micro.tokens, job.seq_len)
-    step = StepTime(
-        step.compute,
-        step.again,
-        step.communication,
-        step.exposed,
-        offload_seconds(job.llama, job.layout, speed, passes),
-    )
+    step = replace(step, transfer=offload_seconds(job.llama, job.layout, speed, passes))
     traffic = lm_traffic(job.llama, job.layout, copies, passes)
     weigh = _weigh(job, speed)
     visit, every, target_batch = None, math.inf, 0
     upper = job.upper
     if upper is not None:
         every, target_batch = job.every, job.config.bilevel.target_batch
-        visit = _visit(job, speed, links, upper, step)
+        sent = _upper_traffic(job, upper)
+        visit = _visit(job, speed, links, upper, step, sent)
         if every == 0:
             chosen = _choose(job, visit, step.total, weigh)
             every, target_batch = chosen.every, chosen.target_batch
-            visit = Visit(
-                visit.target_gradient * target_batch / job.config.bilevel.target_batch,
-                visit.direction,
-                visit.contraction,
-                visit.communication,
-                visit.checks,
-            )
-        for kind, sent in _upper_traffic(job, upper).items():
-            traffic[kind] = traffic.get(kind, 0) + sent / every
-    for kind, sent in traffic_of_weights(job).items():
-        traffic[kind] = traffic.get(kind, 0) + sent
+            share = target_batch / job.config.bilevel.target_batch
+            visit = replace(visit, target_gradient=visit.target_gradient * share)
+        for kind, amount in sent.items():
+            traffic[kind] = traffic.get(kind, 0) + amount / every
+    for kind, amount in traffic_of_weights(job).items():
+        traffic[kind] = traffic.get(kind, 0) + amount
     return Estimate(job, speed, run_peak(job), step, weigh, visit, every, target_batch, traffic, links)
 
 
@@ -180,13 +170,13 @@ def _upper_traffic(job: Job, upper: Upper) -> Traffic:
     return upper_traffic(job.llama, job.layout, copies, upper, target, passes, job.seq_len, batch)
 
 
-def _visit(job: Job, speed: Speed, links: Links, upper: Upper, step: StepTime) -> Visit:
+def _visit(job: Job, speed: Speed, links: Links, upper: Upper, step: StepTime, sent: Traffic) -> Visit:
     config, llama, copies = job.config.bilevel, job.llama, job.workers // job.layout.shard
     target, sequences = _target_passes(job, upper)
     gradient = pass_time(llama, job.layout, copies, speed, target, sequences * job.seq_len, job.seq_len).total
     tokens = upper.contracted * job.seq_len
     parts = estimator_seconds(llama, job.layout, speed, upper, tokens, job.seq_len)
-    sent, own = _upper_traffic(job, upper), lm_traffic(llama, job.layout, copies, target)
+    own = lm_traffic(llama, job.layout, copies, target)
     extra = sum(links.seconds({kind: sent[kind] - own.get(kind, 0.0) for kind in sent}).values())
     hides = parts["contraction"] if upper.estimator in (*FINITE_DIFFERENCES, "ghost") else 0.0
     checks = 0.0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.accounting import Llama
 from ray_dwm.core.memory import Layout, MicroBatch
 from ray_dwm.core.upper_memory import Upper
-from ray_dwm.data.manifest import MANIFEST, load_manifest
+from ray_dwm.data.manifest import find_manifest
 from ray_dwm.models.dwm import SIZES
 from ray_dwm.models.lm import llama
 
@@ -110,8 +109,7 @@ def job(config: RunConfig, vocab: int = 0) -> Job:
     Args:
         vocab: the vocabulary, where there is no manifest; 0: assume the usual one.
     """
-    folder = config.data.train
-    manifest = load_manifest(folder) if folder and (Path(folder).expanduser() / MANIFEST).is_file() else None
+    manifest = find_manifest(config.data.train)
     assumed = []
     if manifest is not None:
         vocab = manifest.vocab_size

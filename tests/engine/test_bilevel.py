@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run
-from synthetic import make_shards, tiny_config
+from synthetic import tiny_config
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 
@@ -28,7 +28,6 @@ from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.setup import build, check_data, read_plan
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weighting import GivenWeights
-from ray_dwm.errors import TrainingError
 from ray_dwm.models.dwm import build_dwm, dwm_shape
 from ray_dwm.models.lm import build_lm, lm_config
 
@@ -385,20 +384,3 @@ def moved(size: int, index: int, h: float) -> GivenWeights:
     weights = torch.full((size,), 1.0 / size)
     weights[index] += h
     return GivenWeights(weights)
-
-
-def without_tokens(config: RunConfig) -> str:
-    """What a step says."""
-    parts = build(config)
-    batch = take_share(open_shards(config.data.train), np.arange(8), parts.seq_len, parts.device)
-    with pytest.raises(TrainingError) as raised:
-        parts.lower.step(0, batch, None)
-    return str(raised.value)
-
-
-def test_a_batch_without_counted_tokens_is_one_line(tmp_path: Path) -> None:
-    folders = {name: tmp_path / name for name in ("train", "target", "held_out")}
-    for folder in folders.values():
-        make_shards(folder, good=16, noise=16, masked=True, counted_from=12)
-    message = run(1, tmp_path / "p", without_tokens, tiny_config(folders, tmp_path, "lm.seq_len=8"))
-    assert message.startswith("no token of a batch counts")

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gloo import run
-from synthetic import VOCAB, tiny_config
+from synthetic import VOCAB, make_shards, tiny_config
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
+from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.batch import take_share
 from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build
@@ -119,3 +122,20 @@ def test_a_profiled_run_leaves_a_trace_of_the_steps_asked_for(shards: dict[str, 
 def test_a_trace_of_steps_that_never_come_is_refused(shards: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.profile_first is 10, but the run has 6 steps"):
         tiny_config(shards, tmp_path, "train.profile=true")
+
+
+def without_tokens(config: RunConfig) -> str:
+    """What a step says."""
+    parts = build(config)
+    batch = take_share(open_shards(config.data.train), np.arange(8), parts.seq_len, parts.device)
+    with pytest.raises(TrainingError) as raised:
+        parts.lower.step(0, batch, None)
+    return str(raised.value)
+
+
+def test_a_batch_without_counted_tokens_is_one_line(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("train", "target", "held_out")}
+    for folder in folders.values():
+        make_shards(folder, good=16, noise=16, masked=True, counted_from=12)
+    message = run(1, tmp_path / "p", without_tokens, tiny_config(folders, tmp_path, "lm.seq_len=8"))
+    assert message.startswith("no token of a batch counts")
