@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -14,10 +13,9 @@ import ray
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import find_manifest
 from ray_dwm.engine.setup import seq_len
-from ray_dwm.errors import ResourceError
 from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
-from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight
+from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight, probe, unreachable
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, attempt, count, has_failed, run_check
 from ray_dwm.orchestration.train import absolute, storage_is_temporary
@@ -157,20 +155,23 @@ def _shutdown() -> list[Finding]:
 
 
 def _probe_cluster(address: str | None) -> list[Finding]:
-    """Ask from a process that can be ended: Ray's own call waits for ever where something else listens.
+    """Ask from a process that can be ended: Ray's own call waits for minutes, or for ever where something else listens.
 
     Raises:
         ResourceError: no cluster of Ray answers.
     """
-    if address is None or not re.fullmatch(r"\[?[^/\[\]]+\]?:\d+", address):
+    if not address or address == "local" or address.startswith("ray://"):
         return []
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        if subprocess.run(command, capture_output=True, timeout=_ANSWER_S).returncode == 0:
-            return []
+        probe(address)
+    except OSError as error:
+        raise unreachable(address, str(error)) from None
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check"]
+    try:
+        done = subprocess.run([*command, "--address", address], capture_output=True, text=True, timeout=_ANSWER_S)
     except subprocess.TimeoutExpired:
-        pass
-    raise ResourceError(
-        f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset RAY_ADDRESS to use this "
-        "machine"
-    )
+        raise unreachable(address, f"silent for {_ANSWER_S:g} s") from None
+    if done.returncode == 0:
+        return []
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    raise unreachable(address, lines[-1] if lines else "its health check failed")
