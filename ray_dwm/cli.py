@@ -82,7 +82,9 @@ def doctor(
     if as_json:
         typer.echo(to_json(findings))
     else:
-        show(findings, Console())
+        # A job's log is no terminal, and would get 80 columns.
+        wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+        show(findings, Console(width=wide))
     raise typer.Exit(2 if has_failed(findings) else 0)
 
 

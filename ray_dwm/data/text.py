@@ -17,6 +17,7 @@ import zstandard
 from ray_dwm.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+_ENDINGS = ", ".join(SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,10 @@ def find_files(pattern: str, key: str) -> list[Path]:
     else:
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     if not pattern or not files:
-        raise DataError(f"{key} is {pattern!r}: no text files there ({', '.join(SUFFIXES)})")
+        raise DataError(f"{key} is {pattern!r}, no text files there: name a folder, file or glob of {_ENDINGS}")
     for file in files:
         if not file.name.endswith(SUFFIXES):
-            raise DataError(f"{file} has an unknown ending: {key} reads {', '.join(SUFFIXES)}")
+            raise DataError(f"{file} has an unknown ending: {key} reads {_ENDINGS}")
     return [file.absolute() for file in files]
 
 

@@ -35,7 +35,10 @@ class Tokenizer:
         try:
             self._hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many kinds for a damaged folder
-            raise DataError(f"tokenizer folder {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise DataError(
+                f"tokenizer folder {path} cannot be loaded ({str(error).splitlines()[0]}): save it anew with "
+                "`save_pretrained`"
+            ) from None
         if self._hf.eos_token_id is None:
             raise DataError(
                 f"tokenizer {path} has no end-of-sequence token: set eos_token in its tokenizer_config.json"

@@ -85,6 +85,11 @@ def quiet_ray_data() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
+def in_job() -> bool:
+    """Whether this is a Ray job, whose working folder is a temporary copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def needed(config: RunConfig, workers: int) -> dict[str, float]:
     """Logical resources that a run of so many workers holds at the same time."""
     cluster, dwm = config.cluster, config.learns_dwm

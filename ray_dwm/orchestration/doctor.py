@@ -16,6 +16,7 @@ from ray_dwm.engine.setup import seq_len
 from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
 from ray_dwm.orchestration.cluster import (
+    NAMESPACE,
     alive_nodes,
     connect,
     fitting,
@@ -26,6 +27,7 @@ from ray_dwm.orchestration.cluster import (
     worker_bundle,
 )
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
+from ray_dwm.orchestration.dwm_actor import actor_name
 from ray_dwm.orchestration.findings import Finding, attempt, count, has_failed, run_check
 from ray_dwm.orchestration.train import absolute, storage_is_temporary
 
@@ -90,7 +92,7 @@ class Doctor:
             return
         sound = self._check("data", lambda: doctor_config.check_sets(run))
         there = sound and doctor_config.data_are_there(run)
-        reason = "" if there else "there are no data yet" if sound else "the data are not sound"
+        reason = "the data are not sound" if doctor_config.data_are_there(run) else "there are no data yet"
         if there:
             self._check("checksums", lambda: [doctor_config.check_shards(run)], 5 * _LIMIT_S)
         else:
@@ -133,6 +135,8 @@ class Doctor:
     def _check_cluster(self) -> None:
         run = self._run
         fits = self._check("resources", self._resources)
+        if run.learns_dwm:
+            self._check("run name", lambda: [_check_name(run)])
         if self._config is None:
             self._skip("object store", "no configuration was given")
             self._skip("storage", "no configuration was given")
@@ -176,6 +180,16 @@ class Doctor:
         tokens = seq_len(run, train) if train else run.lm.seq_len or run.prepare.seq_len
         head_dim = shape.width // shape.heads
         return doctor_probes.check_attention(run, head_dim, tokens, self._free, _WAIT_S)
+
+
+def _check_name(config: RunConfig) -> Finding:
+    """The DWM actor has the run's name, whatever the folder."""
+    try:
+        ray.get_actor(actor_name(config), namespace=NAMESPACE)
+    except ValueError:
+        return Finding("run name", "ok", f"no other job trains {config.name}")
+    found = f"the cluster has an actor {actor_name(config)} already, another job trains a run of this name"
+    return Finding("run name", "failed", found, "wait for it, or choose another name=...")
 
 
 def _shutdown() -> list[Finding]:

@@ -15,7 +15,7 @@ from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
 from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, seq_len
 from ray_dwm.models.lm import parameter_count
-from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
+from ray_dwm.orchestration.cluster import fitting, in_job, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.prepare import sets_to_make
@@ -39,8 +39,12 @@ def check_sets(config: RunConfig) -> list[Finding]:
     """Manifests that fit each other and the run, or texts from which `train` can make them; and the epochs."""
     to_make = sets_to_make(config, missing_only=True)
     if to_make:
-        found = "not there yet, `train` makes them first: " + ", ".join(output for _, _, output in to_make)
+        outputs = [Path(output).expanduser().absolute() for _, _, output in to_make]
+        found = "not there yet, `train` makes them first: " + ", ".join(map(str, outputs))
         remedy = "run `ray-dwm prepare` now to have them checked"
+        if in_job() and any(output.is_relative_to(Path.cwd()) for output in outputs):
+            found += "; that is the job's working folder, which is temporary, and other nodes do not see it"
+            remedy = "give the data.* folders as absolute paths on storage that all nodes see"
         return [Finding("data", "warning", found, remedy)]
     train = check_data(config)
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]

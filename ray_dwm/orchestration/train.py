@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +33,7 @@ from ray_dwm.engine.setup import build as build_parts
 from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import DwmError, Stopped, TrainingError
-from ray_dwm.orchestration.cluster import NAMESPACE, connect, preflight
+from ray_dwm.orchestration.cluster import NAMESPACE, connect, in_job, preflight
 from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name, create_actor
 from ray_dwm.orchestration.ingest import RayDataSource
 from ray_dwm.orchestration.prepare import prepare_sets
@@ -243,4 +242,4 @@ def warn_of_temporary_storage(config: RunConfig) -> None:
 
 def storage_is_temporary(config: RunConfig) -> bool:
     """Whether the run folder would lie in a Ray job's working folder."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(config.storage).expanduser().is_absolute()
+    return in_job() and not Path(config.storage).expanduser().is_absolute()

@@ -57,7 +57,9 @@ def test_what_a_node_says_of_the_storage(tmp_path: Path, monkeypatch: pytest.Mon
     assert visit(tmp_path / "probe", {str(data): "0" * 64}) == [f"has another {data}"]
 
 
-def test_sets_that_train_would_make_first(shards: dict[str, Path], tmp_path: Path) -> None:
+def test_sets_that_train_would_make_first(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus = ROOT / "corpus"
     missing = {**shards, "target": tmp_path / "target"}
     texts = [f"prepare.tokenizer={corpus / 'tokenizer'}", f"prepare.target={corpus / 'target'}"]
@@ -65,6 +67,11 @@ def test_sets_that_train_would_make_first(shards: dict[str, Path], tmp_path: Pat
     assert row.state == "warning"
     assert row.found == f"not there yet, `train` makes them first: {tmp_path / 'target'}"
     assert not doctor_config.data_are_there(tiny_config(missing, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    (row,) = doctor_config.check_sets(tiny_config(missing, tmp_path, *texts))
+    assert "the job's working folder, which is temporary" in row.found
+    assert "absolute paths" in row.remedy
     assert doctor_config.data_are_there(tiny_config(shards, tmp_path))
     assert [row.state for row in doctor_config.check_sets(tiny_config(shards, tmp_path))] == ["ok", "ok"]
     assert list(tmp_path.iterdir()) == []
@@ -86,6 +93,21 @@ print(len(list(storage.iterdir())))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout == "1\n", done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_that_are_not_there_have_a_remedy(shards: dict[str, Path], tmp_path: Path) -> None:
+    missing = {**shards, "target": tmp_path / "target"}
+    run = tiny_config(missing, tmp_path, f"prepare.target={tmp_path / 'no'}")
+    (row,) = run_check("data", lambda: doctor_config.check_sets(run), 10)
+    assert row.found == f"prepare.target is '{tmp_path / 'no'}', no text files there"
+    assert row.remedy.startswith("name a folder, file or glob of .jsonl")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    run = tiny_config(
+        missing, tmp_path, f"prepare.target={ROOT / 'corpus' / 'target'}", f"prepare.tokenizer={tmp_path}"
+    )
+    (row,) = run_check("data", lambda: doctor_config.check_sets(run), 60)
+    assert "cannot be loaded (" in row.found
+    assert row.remedy == "save it anew with `save_pretrained`"
 
 
 def test_a_check_ends_whatever_it_does() -> None:
@@ -141,6 +163,20 @@ def test_a_cluster_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
         cluster.connect(load([], []))
 
 
+def test_a_run_name_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = {"dwm-taken"}
+
+    def get_actor(name: str, namespace: str) -> None:
+        if name not in actors:
+            raise ValueError(name)
+
+    monkeypatch.setattr(doctor.ray, "get_actor", get_actor)
+    assert doctor._check_name(load([], ["name=free"])).state == "ok"
+    row = doctor._check_name(load([], ["name=taken"]))
+    assert row.state == "failed"
+    assert row.remedy == "wait for it, or choose another name=..."
+
+
 def test_nothing_but_json_on_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
     def examine(self: doctor.Doctor) -> list[Finding]:
         print("(raylet) WARNING: what Ray has to say")
@@ -187,8 +223,9 @@ def test_on_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path)
     assert rows["resources"].found.startswith("the run needs 10 CPUs")
     assert "lower cluster.workers" in rows["resources"].remedy
     assert rows["process group"].state == rows["disk"].state == "skipped"
-    assert rows["checksums"].found == "the data are not sound"
+    assert rows["checksums"].found == "there are no data yet"
     assert rows["disk"].found == "there can be no run folder"
+    assert rows["run name"].state == "ok"
     assert rows["attention"].state == "ok"  # a node that holds one worker is enough for it
     assert has_failed(rows.values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "good.log", "good.yaml", "run.yaml"]
