@@ -127,7 +127,7 @@ def passes_time(
 
 
 def forward_seconds(
-    llama: Llama, layout: Layout, copies: int, speed: Speed, passes: int, tokens: float, seq_len: int
+    llama: Llama, layout: Layout, copies: int, speed: Speed, passes: float, tokens: float, seq_len: int
 ) -> float:
     """Of so many forwards without a backward, of `tokens` tokens of a rank together, with what they do not hide."""
     links = Links.of(speed.gpu, layout, copies)

@@ -66,6 +66,7 @@ class Links:
     all: float
     shard_latency: float
     copies_latency: float
+    all_latency: float
 
     @staticmethod
     def of(gpu: Gpu, layout: Layout, copies: int) -> Links:
@@ -89,4 +90,5 @@ def _links(gpu: Gpu, shard: int, copies: int) -> Links:
     within = [range(first, first + shard) for first in range(0, shard * copies, shard)]
     between = [range(first, shard * copies, shard) for first in range(shard)]
     every = [range(shard * copies)]
-    return Links(bus(gpu, within), bus(gpu, between), bus(gpu, every), latency(gpu, within), latency(gpu, between))
+    kinds = within, between, every
+    return Links(*(bus(gpu, rings) for rings in kinds), *(latency(gpu, rings) for rings in kinds))

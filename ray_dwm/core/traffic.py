@@ -119,18 +119,16 @@ def upper_collectives(llama: Llama, layout: Layout, upper: Upper, passes: Passes
     return 2 + 2 * 6 if upper.estimator == "ghost_lowrank" else 2 * (parameters + 3)
 
 
-def audit_traffic(
-    llama: Llama, layout: Layout, copies: int, passes: Passes, target: int, judged: tuple[int, int]
-) -> Traffic:
+def audit_traffic(llama: Llama, layout: Layout, copies: int, passes: Passes, judged: tuple[int, int]) -> Traffic:
     """What a check of fidelity and realised change sends more.
 
     Four forwards of the judge, the target loss twice, and the LM's step once more.
 
     Args:
-        target: micro-batches of the target batches, over all sets.
+        passes: those of the target are those that a whole target batch is.
         judged: sequences of a rank that the judge looks at, and the micro-batches they are.
     """
-    forwards = [(4, judged[1]), (2, target)]
+    forwards = [(4, judged[1]), (2, passes.target)]
     found = lm_traffic(llama, layout, copies, passes.step)
     for times, count in forwards:
         once = lm_traffic(llama, layout, copies, count, backward=False)

@@ -122,8 +122,9 @@ def estimate(job: Job, speed: Speed) -> Estimate:
         every, target_batch = settled.every, settled.config.bilevel.target_batch
         found, sent = visit(settled, speed, step)
         traffic = added((1, traffic), (1 / every, sent))
-    memory = max(run_peak(job), run_peak(job.smallest), key=lambda phase: phase.total)
-    host = max(host_bytes(x, speed.gpu.per_node) for x in (job, job.smallest))
+    sizes = [job, job.smallest] if job.config.cluster.elastic else [job]
+    memory = max((run_peak(x) for x in sizes), key=lambda phase: phase.total)
+    host = max(host_bytes(x, speed.gpu.per_node) for x in sizes)
     links = Links.of(speed.gpu, job.layout, job.copies)
     return Estimate(job, speed, memory, host, step, weigh, found, every, target_batch, traffic, links)
 
@@ -143,6 +144,11 @@ def _weigh(job: Job, speed: Speed) -> tuple[float, Traffic]:
         numbers += size["width"] + 1
         seconds += dwm_forward_seconds(size["width"], size["layers"], speed, tokens)
     traffic = step_traffic(job.workers, job.rows, numbers)
+    links = Links.of(speed.gpu, job.layout, job.copies)
+    gathers = (
+        (config.weighting.method == "dwm") + (job.statistics > 0) + 2
+    )  # encodings, statistics; for the record: two
+    seconds += links.seconds(traffic)["DWM"] + gathers * links.all_latency
     if job.statistics and passes > 1:
         seconds += forward_seconds(*lm, speed, passes, tokens, job.seq_len)
         again = passes * job.llama.layers * job.llama.block_parameters if job.layout.reshard else 0

@@ -40,7 +40,8 @@ def divisors(number: int) -> list[int]:
 
 def search(job: Job, speed: Speed) -> Found:
     """Try every layout; with parameters in the host's memory only where nothing else fits and no DWM is learnt."""
-    tried = [estimate(candidate, speed) for candidate in candidates(job, offload=False)]
+    own = [job] if job.config.parallel.cpu_offload else []  # which is tried whatever else fits
+    tried = [estimate(candidate, speed) for candidate in (*map(plain, own), *candidates(job, offload=False))]
     if not any(x.fits for x in tried) and not job.config.learns_dwm:
         tried += [estimate(candidate, speed) for candidate in candidates(job, offload=True)]
     leanest = min(tried, key=lambda x: (x.lacks, x.needed))

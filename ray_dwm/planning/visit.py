@@ -58,6 +58,7 @@ def visit(job: Job, speed: Speed, step: StepTime) -> tuple[Visit, Traffic]:
     own = lm_traffic(job.llama, job.layout, job.copies, shared.target)
     extra = sum(links.seconds({kind: sent[kind] - own.get(kind, 0.0) for kind in sent}).values())
     extra += links.shard_latency * upper_collectives(job.llama, job.layout, upper, passes)
+    extra += links.all_latency * (3 + (upper.statistics > 0))  # token ids, statistics, alignments and their places
     hides = parts["contraction"] if upper.estimator in (*FINITE_DIFFERENCES, "ghost") else 0.0
     checks = 0.0
     if config.fidelity_every:
@@ -112,8 +113,7 @@ def _audit(job: Job, speed: Speed, upper: Upper, passes: Passes) -> tuple[float,
     """Seconds and bytes of a check's forwards; its bytes with those of the step that is taken again."""
     judged = min(upper.contracted, -(-job.config.bilevel.fidelity_sequences // job.workers))
     of_judge = -(-judged // job.micro_batch.sequences)
-    target = round(passes.target)
     lm = job.llama, job.layout, job.copies
     seconds = 4 * forward_seconds(*lm, speed, of_judge, judged * job.seq_len, job.seq_len)
-    seconds += 2 * forward_seconds(*lm, speed, target, upper.targets * upper.sets * job.seq_len, job.seq_len)
-    return seconds, audit_traffic(*lm, passes, target, (judged, of_judge))
+    seconds += 2 * forward_seconds(*lm, speed, passes.target, upper.targets * upper.sets * job.seq_len, job.seq_len)
+    return seconds, audit_traffic(*lm, passes, (judged, of_judge))

@@ -98,7 +98,7 @@ def test_feedback_is_token_ids_and_alignments_of_what_is_contracted() -> None:
 def test_a_check_takes_six_rounds_of_forwards_and_a_step() -> None:
     """On 2 x 4: four of the judge in one micro-batch, the target loss twice in five; the step in three."""
     layout, passes = Layout(compute=2, shard=4), Passes(step=3, chunks=1, target=5, contracted=1)
-    found = audit_traffic(SMALL, layout, 2, passes, target=5, judged=(1, 1))
+    found = audit_traffic(SMALL, layout, 2, passes, judged=(1, 1))
     forwards = 4 * (BLOCKS + ROOT) + 2 * (5 * BLOCKS + ROOT)
     assert found["all-gather"] == (forwards + 3 * (2 * BLOCKS + ROOT)) * 2 * 3 / 4
     assert found["reduce-scatter"] == 3 * (BLOCKS + ROOT) * 4 * 3 / 4

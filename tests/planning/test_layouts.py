@@ -47,6 +47,15 @@ def test_the_configured_layout_is_among_those_that_are_tried() -> None:
     assert best.step_seconds <= 1.005 * estimate(wanted, SPEED).step_seconds
 
 
+def test_a_configured_offload_is_tried_beside_what_fits_without() -> None:
+    """And is not the best: it moves parameters to and fro."""
+    wanted = job(load([], [*LARGE, "lm.preset=370m", "cluster.workers=8", "parallel.cpu_offload=true"]))
+    found = search(wanted, SPEED)
+    assert found.best is not None
+    assert not found.best.job.config.parallel.cpu_offload
+    assert found.best.step_seconds < estimate(wanted, SPEED).step_seconds
+
+
 def test_a_plan_says_that_nothing_need_be_changed() -> None:
     few = [*LARGE, "lm.preset=370m", "cluster.workers=8", "parallel.activation_checkpointing=full"]
     found = plan(load([], few), "h100")

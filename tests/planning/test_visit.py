@@ -105,3 +105,14 @@ def test_statistics_take_a_forward_where_micro_batches_accumulate() -> None:
     assert again - plain == pytest.approx(planned().step.compute / 3)
     other = planned("weighting.method=loss", "train.micro_batch=4").weigh
     assert other == pytest.approx(planned().step.compute / 3)
+
+
+def test_what_weights_send_is_waited_for() -> None:
+    """64 GPUs in 8 nodes: four gathers; 65 numbers of the encoding, two statistics and 20 bytes of 512 sequences."""
+    words = ["cluster.workers=64", "train.global_batch=512", "dwm.size=s", "dwm.lm_features=true"]
+    found = planned(*words)
+    ring = 8.4e-6 + 56 * 3.4e-6 + 7 * 14e-6
+    sent = 512 * (4 * (65 + 2) + 20) * 63 / 64
+    alone = planned("train.global_batch=8", "dwm.size=s").weigh
+    assert found.traffic["DWM"] > sent
+    assert found.weigh - alone == pytest.approx(4 * ring + sent / (0.8 * 400e9))
