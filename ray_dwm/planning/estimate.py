@@ -54,12 +54,12 @@ class Estimate:
     @property
     def room(self) -> float:
         """Bytes that are left; negative: that lack."""
-        return USABLE * self.speed.gpu.memory - self.needed
+        return rooms(self.speed, self.memory, self.host)[0]
 
     @property
     def host_room(self) -> float:
         """Bytes that are left of a node's memory; negative: that lack."""
-        return HOST_USABLE * self.speed.gpu.host_memory - self.host
+        return rooms(self.speed, self.memory, self.host)[1]
 
     @property
     def lacks(self) -> float:
@@ -122,11 +122,22 @@ def estimate(job: Job, speed: Speed) -> Estimate:
         every, target_batch = settled.every, settled.config.bilevel.target_batch
         found, sent = visit(settled, speed, step)
         traffic = added((1, traffic), (1 / every, sent))
-    sizes = [job, job.smallest] if job.config.cluster.elastic else [job]
-    memory = max((run_peak(x) for x in sizes), key=lambda phase: phase.total)
-    host = max(host_bytes(x, speed.gpu.per_node) for x in sizes)
+    memory, host = held(job, speed)
     links = Links.of(speed.gpu, job.layout, job.copies)
     return Estimate(job, speed, memory, host, step, weigh, found, every, target_batch, traffic, links)
+
+
+def held(job: Job, speed: Speed) -> tuple[Phase, float]:
+    """(the peak of a rank, bytes in a node's host), with as few workers as an elastic group may have, too."""
+    sizes = [job, job.smallest] if job.config.cluster.elastic else [job]
+    memory = max((run_peak(x) for x in sizes), key=lambda phase: phase.total)
+    return memory, max(host_bytes(x, speed.gpu.per_node) for x in sizes)
+
+
+def rooms(speed: Speed, memory: Phase, host: float) -> tuple[float, float]:
+    """Bytes that are left of a GPU and of a node's memory; negative: that lack."""
+    gpu = speed.gpu
+    return USABLE * gpu.memory - memory.total - FRAMEWORK, HOST_USABLE * gpu.host_memory - host
 
 
 def _weigh(job: Job, speed: Speed) -> tuple[float, Traffic]:

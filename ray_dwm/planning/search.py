@@ -12,7 +12,7 @@ from ray_dwm.core.activations import Checkpointing
 from ray_dwm.core.costs import Speed
 from ray_dwm.core.hardware import GPUS, gpu
 from ray_dwm.errors import ConfigError, ResourceError
-from ray_dwm.planning.estimate import Estimate, estimate
+from ray_dwm.planning.estimate import Estimate, estimate, held, rooms
 from ray_dwm.planning.inputs import Job
 
 CHUNKS = (0, 32768, 8192, 2048)
@@ -53,6 +53,20 @@ def search(job: Job, speed: Speed) -> Found:
     return Found(min(alike, key=lambda x: (x.job.micro_batches, x.needed)), leanest)
 
 
+def feasible(job: Job, speed: Speed) -> Job | None:
+    """A layout that fits, as `search` would find one, from memory alone.
+
+    Only the smallest micro-batches and the largest are looked at: memory grows with them, but before a single one's
+    backward there are no gradients yet.
+    """
+    for offload in (False, True)[: 1 if job.config.learns_dwm else 2]:
+        for x in candidates(job, offload):
+            extreme = x.config.train.micro_batch in (1, job.local_batch)
+            if extreme and min(rooms(speed, *held(x, speed))) >= 0:
+                return x
+    return None
+
+
 def candidates(job: Job, offload: bool) -> Iterator[Job]:
     """The run as it is configured, if that has its parameters there, and in every other layout that is worth trying."""
     config, own = job.config, plain(job)
@@ -87,9 +101,9 @@ def _axes(
 def plain(job: Job) -> Job:
     """The same layout in the words of the search: numbers for what is configured by 0, nothing that has no effect."""
     parallel, micro = job.config.parallel, min(job.config.train.micro_batch, job.local_batch)
-    held = parallel.loss_chunk if parallel.loss_chunk < micro * job.seq_len else 0
+    chunk = parallel.loss_chunk if parallel.loss_chunk < micro * job.seq_len else 0
     shard = parallel.shard if job.config.cluster.elastic else job.layout.shard
-    return _laid_out(job, dataclasses.replace(parallel, shard=shard, loss_chunk=held), micro)
+    return _laid_out(job, dataclasses.replace(parallel, shard=shard, loss_chunk=chunk), micro)
 
 
 def _laid_out(job: Job, parallel: ParallelConfig, micro: int) -> Job:
@@ -125,7 +139,7 @@ def with_workers(config: RunConfig, workers: int) -> RunConfig:
 
 
 def nothing_fits(job: Job, speed: Speed, name: str, found: Found) -> ResourceError:
-    """One line: what lacks, and what would help; every remedy has been tried by the same search."""
+    """One line: what lacks, and what would help; every remedy has been tried."""
     lean = found.leanest
     helps = []
     for times in (2, 4, 8, 16):
@@ -133,17 +147,17 @@ def nothing_fits(job: Job, speed: Speed, name: str, found: Found) -> ResourceErr
             more = dataclasses.replace(job, config=with_workers(_whole(job.config), job.workers * times))
         except ConfigError:
             break
-        if search(more, speed).best is not None:
+        if feasible(more, speed) is not None:
             helps.append(f"{more.workers} GPUs")
             break
     # Kinds of one nominal size report a little more or less.
     larger = sorted((g for g in GPUS if gpu(g).memory > 1.05 * speed.gpu.memory), key=lambda g: gpu(g).memory)
     for other in larger:
-        if search(job, dataclasses.replace(speed, gpu=gpu(other))).best is not None:
+        if feasible(job, dataclasses.replace(speed, gpu=gpu(other))) is not None:
             helps.append(f"--gpu {other}")
             break
     half = dataclasses.replace(job, seq_len=job.seq_len // 2)
-    if job.seq_len >= 4 and search(half, speed).best is not None:
+    if job.seq_len >= 4 and feasible(half, speed) is not None:
         helps.append(f"lm.seq_len={half.seq_len} (with half the tokens)")
     if job.config.learns_dwm:
         helps += _without_upper(job, speed)
@@ -176,11 +190,11 @@ def _without_upper(job: Job, speed: Speed) -> list[str]:
     config, bilevel = job.config, job.config.bilevel
     if bilevel.fidelity_every:
         unchecked = dataclasses.replace(config, bilevel=dataclasses.replace(bilevel, fidelity_every=0))
-        if search(dataclasses.replace(job, config=unchecked), speed).best is not None:
+        if feasible(dataclasses.replace(job, config=unchecked), speed) is not None:
             found.append("bilevel.fidelity_every=0")
     uniform = dataclasses.replace(config, weighting=dataclasses.replace(config.weighting, method="uniform"))
-    best = search(dataclasses.replace(job, config=uniform), speed).best
-    if best is not None:
-        offloaded = " with parallel.cpu_offload=true" if best.job.config.parallel.cpu_offload else ""
+    fits = feasible(dataclasses.replace(job, config=uniform), speed)
+    if fits is not None:
+        offloaded = " with parallel.cpu_offload=true" if fits.config.parallel.cpu_offload else ""
         found.append(f"weighting.method=uniform{offloaded}")
     return found

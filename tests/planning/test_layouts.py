@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from ray_dwm.planning.estimate import HOST_USABLE, estimate
 from ray_dwm.planning.inputs import job
 from ray_dwm.planning.memory import host_bytes, run_peak
 from ray_dwm.planning.plan import on_gpus, plan
-from ray_dwm.planning.search import candidates, overrides, search
+from ray_dwm.planning.search import candidates, feasible, overrides, search
 
 RECIPE = Path(__file__).parents[2] / "configs" / "1.3b.yaml"
 SPEED = Speed(gpu=gpu("h100"), bf16=True, mfu=0.4)
@@ -54,6 +55,14 @@ def test_a_configured_offload_is_tried_beside_what_fits_without() -> None:
     assert found.best is not None
     assert not found.best.job.config.parallel.cpu_offload
     assert found.best.step_seconds < estimate(wanted, SPEED).step_seconds
+
+
+@pytest.mark.parametrize("kind", ["rtx4090", "a100-40g", "h100"])
+@pytest.mark.parametrize("preset", ["370m", "1.3b", "7b"])
+def test_a_layout_that_fits_is_found_from_memory_alone_where_a_search_finds_one(preset: str, kind: str) -> None:
+    words = [f"lm.preset={preset}", "cluster.workers=2", "train.global_batch=16", "train.precision=bf16"]
+    wanted, speed = job(load([], [*words, "prepare.seq_len=2048"])), dataclasses.replace(SPEED, gpu=gpu(kind))
+    assert (feasible(wanted, speed) is None) == (search(wanted, speed).best is None)
 
 
 def test_a_plan_says_that_nothing_need_be_changed() -> None:
