@@ -49,7 +49,7 @@ def test_the_configured_layout_is_among_those_that_are_tried() -> None:
 
 
 def test_a_configured_offload_is_tried_beside_what_fits_without() -> None:
-    """And is not the best: it moves parameters to and fro."""
+    """And is not the best: it moves parameters back and forth."""
     wanted = job(load([], [*LARGE, "lm.preset=370m", "cluster.workers=8", "parallel.cpu_offload=true"]))
     found = search(wanted, SPEED)
     assert found.best is not None
