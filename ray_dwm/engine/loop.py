@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -66,18 +67,15 @@ class Trainer:
         Raises:
             Stopped: a rank was asked to end; the checkpoint of the last step is whole.
         """
-        step, cursor = self._checkpointer.load_latest()
-        self._recorder = Recorder(self._parts, self._clock, self._upper, step)
-        exit_code = 1
-        try:
-            with on_sigterm(self._terminated.set):
-                figures = self._steps(step, cursor)
-            exit_code = 0
-            return figures
-        finally:
-            self._profiler.close()
-            self._checkpointer.close()
-            self._recorder.close(exit_code)
+        self._recorder = Recorder(self._parts, self._clock, self._upper)
+        with ExitStack() as ending:  # all of them end, also where one of them fails to
+            ending.push(self._recorder.end)
+            ending.callback(self._checkpointer.close)
+            ending.callback(self._profiler.close)
+            step, cursor = self._checkpointer.load_latest()
+            self._recorder.open(step)
+            ending.enter_context(on_sigterm(self._terminated.set))
+            return self._steps(step, cursor)
 
     def _steps(self, step: int, cursor: Cursor) -> dict[str, float]:
         config, last = self._config, self._config.train.steps
