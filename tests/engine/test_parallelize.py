@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from engine.gloo import run
 from synthetic import tiny_config
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,6 +94,37 @@ def test_compiled_blocks_learn_the_same_dwm(shards: dict[str, Path], tmp_path: P
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
     assert any("dwm/fidelity" in line for line in found["compiled"])
     assert_alike(found, found["plain"])
+
+
+def losses_of_shapes(options: list[str], shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """Of forwards without gradients and with them, which go backward, too."""
+    torch._dynamo.reset()
+    ordinary = torch.compile
+    torch.compile = functools.partial(ordinary, backend="eager")  # what is compiled how often, without the compiler
+    config = load([], options).parallel
+    model = parallelize(
+        build_lm(lm_config("tiny", vocab_size=64, seq_len=16), 0, config.loss_chunk), init_mesh(), "fp32", config
+    )
+    torch.compile = ordinary
+    found = []
+    for shape in shapes:
+        ids = torch.arange(shape[0] * shape[1]).view(shape) % 64
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                losses = model(ids).losses_bT
+            found.append(losses.detach().clone())
+            if gradients:
+                losses.sum().backward()
+    return found
+
+
+def test_compiled_code_takes_every_shape(tmp_path: Path) -> None:
+    """Micro-batches, target batches and evaluation end in ragged ones, and so do the chunks of a sequence."""
+    shapes = [(4, 16), (3, 16), (1, 16), (16, 16), (2, 16), (5, 16), (7, 16), (6, 16), (8, 16), (9, 16), (1, 8), (4, 8)]
+    options = ["parallel.activation_checkpointing=full", "parallel.loss_chunk=20"]
+    plain = run(1, tmp_path / "plain", losses_of_shapes, options, shapes)
+    compiled = run(1, tmp_path / "compiled", losses_of_shapes, [*options, "parallel.compile=true"], shapes)
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_offloaded_parameters_train_the_same(shards: dict[str, Path], tmp_path: Path) -> None:
