@@ -55,8 +55,3 @@ def host_bytes(job: Job, per_node: int) -> float:
     numbers = 2 + layout.moments + (1 + layout.moments if job.config.checkpoint.asynchronous else 0)
     waiting = job.config.cluster.ingest_memory_mb * 2**20
     return min(per_node, job.workers) * (FP32 * numbers * job.llama.parameters / layout.shard + waiting)
-
-
-def host_bytes_at_start(job: Job, per_node: int) -> float:
-    """Of a node while its ranks start: each builds the whole LM in fp32 in the host's memory (engine/setup.py)."""
-    return float(min(per_node, job.workers) * FP32 * job.llama.parameters)

@@ -12,9 +12,8 @@ from ray_dwm.core.costs import Speed
 from ray_dwm.core.hardware import gpu
 from ray_dwm.core.traffic import Traffic
 from ray_dwm.errors import ConfigError
-from ray_dwm.planning.estimate import HOST_USABLE, Estimate, estimate
+from ray_dwm.planning.estimate import Estimate, estimate
 from ray_dwm.planning.inputs import Job, job
-from ray_dwm.planning.memory import host_bytes_at_start
 from ray_dwm.planning.search import nothing_fits, plain, search
 from ray_dwm.planning.utilisation import default_mfu
 
@@ -105,11 +104,11 @@ def plan(
         price=price,
         configured=None if refused else estimate(wanted, speed),
         best=found.best,
-        notes=(*wanted.notes, *_notes(wanted, speed, refused)),
+        notes=(*wanted.notes, *_notes(wanted, refused)),
     )
 
 
-def _notes(wanted: Job, speed: Speed, refused: str) -> list[str]:
+def _notes(wanted: Job, refused: str) -> list[str]:
     """What is easily overlooked of this run on these GPUs."""
     found, cluster, compiled = [], wanted.config.cluster, wanted.config.parallel.compile
     if refused:
@@ -121,12 +120,6 @@ def _notes(wanted: Job, speed: Speed, refused: str) -> list[str]:
         )
     if compiled:
         found.append("activations are those of uncompiled blocks: compiled ones keep less")
-    starting = host_bytes_at_start(wanted, speed.gpu.per_node)
-    if starting > HOST_USABLE * speed.gpu.host_memory:
-        found.append(
-            f"every worker first builds the whole LM in its host's memory: {starting / 1e9:,.0f} GB on a node, of "
-            f"{speed.gpu.host_memory / 1e9:,.0f} GB; no layout changes that"
-        )
     return found
 
 
