@@ -163,10 +163,3 @@ def test_offloading_needs_a_host_that_holds_it() -> None:
     assert plan(config, "h100", host_memory_gb=458).best.job.config.parallel.cpu_offload
     with pytest.raises(ResourceError, match=r"needs 340\.4 GiB of each node's memory, .*--host-memory-gb"):
         plan(config, "h100", host_memory_gb=450)
-
-
-def test_a_host_in_which_every_worker_builds_the_lm_is_told() -> None:
-    """Eight times 4 bytes of 69.0 B parameters are more than a DGX H100's 2 TB."""
-    found = plan(load([], [*LARGE, "lm.preset=70b", "cluster.workers=64"]), "h100")
-    assert any("2,207 GB on a node, of 2,000 GB" in note for note in found.notes)
-    assert not any("on a node" in note for note in plan(load([], [*LARGE, "cluster.workers=64"]), "h100").notes)
