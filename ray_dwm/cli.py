@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,7 +102,8 @@ def doctor(
     from ray_dwm.orchestration.findings import has_failed, show, to_json
 
     given = _load(config, overrides) if config or overrides else None
-    with Console(stderr=True).status("doctor") as status:
+    # Ray prints what its nodes have to say; standard output is for the rows alone.
+    with redirect_stdout(sys.stderr), Console(stderr=True).status("doctor") as status:
         findings = Doctor(given, lambda name: status.update(f"checking {name}")).examine()
     if as_json:
         typer.echo(to_json(findings))
