@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from ray_dwm.errors import DataError
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that appears, or replaces its forerunner, in one go."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not of the process's number: on shared storage another node's process may have the same one.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
