@@ -127,8 +127,8 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """ID of each node -> what nobody holds there at the moment."""
-    free: dict[str, dict[str, float]] = available_resources_per_node()
+    """ID of each node -> what nobody holds there at the moment; asked from within, as Ray Client cannot."""
+    free: dict[str, dict[str, float]] = ray.get(ray.remote(available_resources_per_node).options(num_cpus=0).remote())
     return free
 
 

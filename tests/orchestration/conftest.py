@@ -32,12 +32,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     port, dashboard, folder = _free_port(), _free_port(), tmp_path_factory.mktemp("ray", numbered=True)
     command = [str(RAY), "start", "--head", f"--port={port}", "--num-cpus=8", "--num-gpus=0", "--disable-usage-stats"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={_free_port()}", "--block"]
-    command += ["--object-store-memory=300000000"]
+    client = _free_port()
+    command += ["--object-store-memory=300000000", f"--ray-client-server-port={client}"]
     environment = {
         **os.environ,
         "PATH": f"{RAY.parent}:{os.environ['PATH']}",
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "CLIENT_ADDRESS": f"ray://127.0.0.1:{client}",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon it sees that workers have ended, or died
     }
     with (folder / "head.log").open("w") as log:

@@ -264,3 +264,10 @@ def test_on_a_cluster_that_others_use(
     assert rows["attention"].state == attention
     assert rows["process group"].state == "skipped"
     assert rows["process group"].found.startswith("others hold what the workers need")
+
+
+def test_through_ray_client(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
+    run = tiny_config(shards, tmp_path / "runs", "cluster.workers=2", "train.micro_batch=4")
+    console.environment = {**console.environment, "RAY_ADDRESS": console.environment["CLIENT_ADDRESS"]}
+    rows = rows_of(console, run, code=0)
+    assert [rows[name].state for name in ("Ray", "resources", "storage", "attention", "process group")] == ["ok"] * 5
