@@ -51,6 +51,30 @@ def prepare(config: Config = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def select(
+    method: Annotated[str, typer.Argument(help="random, dsir, ...: docs/selection.md has all of them.")],
+    pool: Annotated[str, typer.Option(help="Token shards to select from; as data.train.")] = "",
+    target: Annotated[
+        list[str] | None, typer.Option(help="Token shards that the selection is for; as data.target. May be repeated.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Tokens to select, as 30_000_000; as selection.budget.")] = "",
+    output: Annotated[str, typer.Option(help="Folder of the selected shards; as selection.output.")] = "",
+    scores: Annotated[bool, typer.Option("--scores", help="Also keep the scores of the whole pool.")] = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Select a part of a pool of token shards for a target set, as token shards that `train` takes."""
+    from ray_dwm.orchestration.select import select as run
+
+    given = {"data.selection": method, "data.train": pool, "selection.budget": budget, "selection.output": output}
+    for number, folder in enumerate(target or []):
+        given[f"data.more_targets.{Path(folder).name}" if number else "data.target"] = folder
+    given["selection.keep_scores"] = "true" if scores else ""
+    options = [f"{key}={value}" for key, value in given.items() if value]
+    run(_load(config, [*options, *(overrides or [])]))
+
+
+@app.command()
 def train(config: Config = None, overrides: Overrides = None) -> None:
     """Train an LM, with the weights that weighting.method names; the same command resumes."""
     from ray_dwm.orchestration.train import train as run

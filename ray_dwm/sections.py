@@ -7,6 +7,7 @@ from dataclasses import field
 from typing import Literal
 
 from ray_dwm.configuring import below_one, frozen, not_negative, positive, require
+from ray_dwm.selecting import MethodName
 
 NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
@@ -47,6 +48,8 @@ class DataConfig:
     """Name -> shards of further target sets; bilevel.target_weights says how much each counts."""
     held_out: dict[str, str] = field(default_factory=dict)
     """Name -> shards that are only ever evaluated."""
+    selection: MethodName = "none"
+    """Train on a part of data.train, chosen by this method; section `selection` has its budget and options."""
     block_rows: int = 32
     """Contiguous rows that are read together."""
     window_blocks: int = 1024

@@ -39,6 +39,7 @@ from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name, cre
 from ray_dwm.orchestration.ingest import RayDataSource
 from ray_dwm.orchestration.prepare import prepare_sets
 from ray_dwm.orchestration.progress import Progress
+from ray_dwm.orchestration.select import with_selection
 from ray_dwm.orchestration.tracking import sinks
 
 
@@ -51,6 +52,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     warn_of_temporary_storage(config)
     prepare_sets(config, missing_only=True)
+    config = with_selection(config)
     manifest = check_data(config)
     for folder in (config.data.train, *evaluation_sets(config).values()):
         open_shards(folder).verify()

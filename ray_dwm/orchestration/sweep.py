@@ -1,0 +1,127 @@
+"""All rows of a set through a function on Ray Data, block by block; finished blocks survive an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.records import replacing
+from ray_dwm.data.shards import open_shards
+from ray_dwm.errors import DataError, DwmError
+from ray_dwm.selecting import SelectionConfig
+from ray_dwm.selection.method import Arrays, RowFunction
+
+_TELL_S = 10.0
+
+
+class RaySweep:
+    """A Sweep (see selection/method.py) whose results lie in a folder that all nodes see."""
+
+    def __init__(self, work: Path, options: SelectionConfig) -> None:
+        self._work, self._options = work, options
+
+    def __call__(self, name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
+        """See Sweep.
+
+        Raises:
+            UserError: what the function raised for a block; the others' results stay.
+        """
+        results = self._work / _file_name(name)
+        results.mkdir(parents=True, exist_ok=True)
+        rows, size = load_manifest(folder).rows, self._options.block_rows
+        paths = [results / f"{start:012d}.npz" for start in range(0, rows, size)]
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        if missing:
+            options = {"folder": folder, "function": function, "size": size, "results": str(results)}
+            self._map(name, [{"number": number} for number in missing], _run_block, options, len(paths) - len(missing))
+        for path in paths:
+            yield read_arrays(path)
+
+    def each(self, name: str, numbers: list[int], function: Callable[[int], object]) -> None:
+        """Run a function, which writes what it makes, on each of some numbers."""
+        if numbers:
+            self._map(name, [{"number": number} for number in numbers], _run_item, {"function": function}, 0)
+
+    def _map(
+        self, name: str, items: list[dict[str, Any]], function: Callable[..., dict[str, Any]], options: Any, done: int
+    ) -> None:
+        o = self._options
+        resources: dict[str, Any] = {"num_cpus": o.cpus_per_task}
+        if o.gpus_per_task:
+            resources["num_gpus"] = o.gpus_per_task
+        mapped = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            function,
+            fn_kwargs=options,
+            compute=ray.data.TaskPoolStrategy(size=min(o.tasks, len(items))),
+            **resources,
+        )
+        told = _Told(name, done + len(items), done)
+        for row in mapped.iter_rows():
+            if row["error"]:
+                raise DataError(row["error"])
+            told.one()
+
+
+class _Told:
+    """Says now and then how far it is."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        self._name, self._total, self._start, self._done = name, total, done, done
+        self._began = self._last = time.monotonic()
+        if done:
+            print(f"{name}: {done} of {total} blocks are there from before", flush=True)
+
+    def one(self) -> None:
+        """One more is done."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last < _TELL_S and self._done < self._total:
+            return
+        self._last = now
+        passed = now - self._began
+        left = int(passed / (self._done - self._start) * (self._total - self._done))
+        end = f"{left // 60}:{left % 60:02d} left" if left else f"{passed:.0f} s"
+        print(f"{self._name}: {self._done} of {self._total} blocks, {end}", flush=True)
+
+
+def _run_block(row: dict[str, Any], folder: str, function: RowFunction, size: int, results: str) -> dict[str, Any]:
+    # An error travels back as data: an exception would be wrapped and retried by Ray.
+    start = int(row["number"]) * size
+    try:
+        reader = open_shards(folder)
+        arrays = function(reader.take(np.arange(start, min(start + size, reader.manifest.rows))))
+        write_arrays(Path(results) / f"{start:012d}.npz", arrays)
+    except (DwmError, OSError) as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def _run_item(row: dict[str, Any], function: Callable[[int], object]) -> dict[str, Any]:
+    try:
+        function(int(row["number"]))
+    except (DwmError, OSError) as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write named arrays; the file appears whole."""
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read named arrays."""
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)

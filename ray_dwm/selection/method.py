@@ -1,0 +1,70 @@
+"""What a selection method is made of.
+
+A method turns the pool and the target sets into a scorer, a small function that is then applied to every row of the
+pool; from the scores of all rows it chooses the rows that fit the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_dwm.data.manifest import Manifest
+from ray_dwm.data.shards import Rows
+from ray_dwm.selecting import SelectionConfig
+
+Arrays = Mapping[str, NDArray[Any]]
+"""Named arrays: what one unit of work results in."""
+RowFunction = Callable[[Rows], Arrays]
+"""Made of plain values, so that it travels to other processes; what is heavy it loads there, once."""
+
+
+class Sweep(Protocol):
+    """Applies a function to all rows of a set, in blocks; where that happens is not the method's matter."""
+
+    def __call__(self, name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
+        """The function's results, block by block in the order of the rows; `name` says what is being done."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One selection."""
+
+    options: SelectionConfig
+    seed: int
+    pool: Manifest
+    targets: Mapping[str, Manifest]
+    """Name -> target set; several count the same."""
+    sweep: Sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The pool's rows with their scores. n = rows."""
+
+    scores: NDArray[np.float64]
+    """(n,), the higher the more wanted."""
+    domains: NDArray[np.int32]
+    """(n,) codes into the pool's sorted domain names."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """A selection method."""
+
+    prepare: Callable[[Task], RowFunction]
+    """Makes the scorer, whose result has `score` (n,) and, if it likes, further columns to be kept with the scores."""
+    choose: Callable[[Task, Scored, int], NDArray[np.int64]]
+    """Chooses so many rows; they are written in the order in which it returns them."""
+    targeted: bool = True
+    """Whether it needs a target set."""
+    ordered: bool = False
+    """Whether the order of the chosen rows matters: training then reads them in that order."""
