@@ -1,0 +1,33 @@
+"""A sweep in this process, and a task for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_dwm.config import build
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.shards import open_shards
+from ray_dwm.selecting import SelectionConfig
+from ray_dwm.selection.method import Arrays, RowFunction, Task
+
+
+def sweep(name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
+    """Blocks of 50 rows, in a loop."""
+    reader = open_shards(folder)
+    for start in range(0, reader.manifest.rows, 50):
+        yield function(reader.take(np.arange(start, min(start + 50, reader.manifest.rows))))
+
+
+def task(pool: Path, targets: dict[str, Path], seed: int = 0, **options: Any) -> Task:
+    """A selection from a pool."""
+    return Task(
+        options=build(SelectionConfig, options),
+        seed=seed,
+        pool=load_manifest(pool),
+        targets={name: load_manifest(folder) for name, folder in targets.items()},
+        sweep=sweep,
+    )
