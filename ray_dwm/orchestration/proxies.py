@@ -13,7 +13,7 @@ from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, LmConfig, RunCo
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
 from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
-from ray_dwm.evaluation.perplexity import lm_folder
+from ray_dwm.models.hf import lm_folder
 from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selecting import SelectionConfig
