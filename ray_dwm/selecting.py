@@ -26,6 +26,26 @@ class DsirConfig:
 
 
 @frozen
+class ProxyConfig:
+    """Small LMs through which some methods look at the data."""
+
+    folders: tuple[str, ...] = ()
+    """Run folders or Hugging Face folders; empty: plain LMs are trained on the pool, and kept in proxies/ of the
+    storage for every selection from it."""
+    count: int = 1
+    """LMs to train, of seeds seed, seed + 1, ...; methods take the mean over them."""
+    preset: str = "quickstart"
+    """As lm.preset; all else is as in section `train`, but for:"""
+    steps: int = 1000
+    lr: float = 1e-3
+    batch: int = 16
+    """Sequences in one pass when a proxy looks at the data."""
+
+    def __post_init__(self) -> None:
+        positive("selection.proxy", self, "count", "steps", "lr", "batch")
+
+
+@frozen
 class SelectionConfig:
     """What is selected from data.train, the pool, for data.target; data.selection names the method."""
 
@@ -47,6 +67,7 @@ class SelectionConfig:
     """Units of work that run at the same time."""
     cpus_per_task: float = 1.0
     gpus_per_task: float = 0.0
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
     dsir: DsirConfig = field(default_factory=DsirConfig)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.engine.setup import target_sets
 from ray_dwm.errors import ConfigError, DataError, UserError
 from ray_dwm.orchestration.cluster import connect
+from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import record, scores
 from ray_dwm.selection.method import Scored, Task
@@ -43,6 +44,7 @@ class Selection:
     rows: int
     """To be chosen."""
     folder: Path
+    proxies: tuple[Proxy, ...]
 
     @property
     def method(self) -> str:
@@ -59,6 +61,7 @@ class Selection:
             "seed": self.config.seed,
             "pool": _digest(self.pool),
             "targets": {name: _digest(manifest) for name, manifest in self.targets.items()},
+            **({"proxies": [proxy.digest for proxy in self.proxies]} if self.proxies else {}),
         }
 
     @property
@@ -84,7 +87,12 @@ def plan_selection(config: RunConfig) -> Selection:
     if method.targeted:
         _check_targets(config, pool, targets)
     selection = Selection(
-        config=config, pool=pool, targets=targets, rows=_rows(config, pool), folder=Path(config.selection.output)
+        config=config,
+        pool=pool,
+        targets=targets,
+        rows=_rows(config, pool),
+        folder=Path(config.selection.output),
+        proxies=plan_proxies(config, pool) if method.proxies else (),
     )
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
@@ -190,7 +198,14 @@ def _fill(selection: Selection, work: Path) -> None:
     started = time.monotonic()
     config, pool, method = selection.config, selection.pool, METHODS[selection.method]
     sweep = RaySweep(work, config.selection)
-    task = Task(options=config.selection, seed=config.seed, pool=pool, targets=selection.targets, sweep=sweep)
+    task = Task(
+        options=config.selection,
+        seed=config.seed,
+        pool=pool,
+        targets=selection.targets,
+        sweep=sweep,
+        proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
+    )
     scored = _scored(selection, task, work)
     rows = method.choose(task, scored, selection.rows)
     files, domains = _write_rows(selection, sweep, work, rows)

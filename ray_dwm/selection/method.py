@@ -41,6 +41,8 @@ class Task:
     targets: Mapping[str, Manifest]
     """Name -> target set; several count the same."""
     sweep: Sweep
+    proxies: tuple[str, ...] = ()
+    """Hugging Face folders of the proxy LMs, checked, where the method needs some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,5 +68,7 @@ class Method:
     """Chooses so many rows; they are written in the order in which it returns them."""
     targeted: bool = True
     """Whether it needs a target set."""
+    proxies: bool = False
+    """Whether it looks through proxy LMs."""
     ordered: bool = False
     """Whether the order of the chosen rows matters: training then reads them in that order."""
