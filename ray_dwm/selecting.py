@@ -7,7 +7,7 @@ from typing import Literal
 
 from ray_dwm.configuring import frozen, not_negative, positive
 
-MethodName = Literal["none", "random", "dsir"]
+MethodName = Literal["none", "random", "dsir", "doremi"]
 
 
 @frozen
@@ -46,6 +46,20 @@ class ProxyConfig:
 
 
 @frozen
+class DoremiConfig:
+    """Domain weights by a reference LM and a proxy LM (Xie et al. 2023, arXiv 2305.10429). Section selection.proxy says
+    how both are trained, weighting.group_dro how the weights are."""
+
+    weights: str = ""
+    """JSON file of domain weights, as domain_weights.json of an earlier selection: nothing is trained."""
+    rounds: int = 1
+    """At most so many, of which each trains its reference LM with the weights of the one before (iterated DoReMi)."""
+
+    def __post_init__(self) -> None:
+        positive("selection.doremi", self, "rounds")
+
+
+@frozen
 class SelectionConfig:
     """What is selected from data.train, the pool, for data.target; data.selection names the method."""
 
@@ -69,6 +83,7 @@ class SelectionConfig:
     gpus_per_task: float = 0.0
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     dsir: DsirConfig = field(default_factory=DsirConfig)
+    doremi: DoremiConfig = field(default_factory=DoremiConfig)
 
     def __post_init__(self) -> None:
         positive("selection", self, "temperature", "block_rows", "tasks", "cpus_per_task")

@@ -155,7 +155,7 @@ def initial_weights(config: RunConfig, names: list[str]) -> Tensor:
         ConfigError: one domain, or weights for other domains than those of the training set.
     """
     if len(names) < 2:
-        raise ConfigError(f"{config.data.train} has one domain, {names[0]}: weighting.method=group_dro needs several")
+        raise ConfigError(f"{config.data.train} has one domain, {names[0]}: Group DRO needs several")
     given = config.weighting.group_dro.initial
     if not given:
         return torch.ones(len(names), dtype=torch.float64)

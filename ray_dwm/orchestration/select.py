@@ -23,6 +23,7 @@ from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.engine.setup import target_sets
 from ray_dwm.errors import ConfigError, DataError, UserError
 from ray_dwm.orchestration.cluster import connect
+from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import record, scores
@@ -45,6 +46,7 @@ class Selection:
     """To be chosen."""
     folder: Path
     proxies: tuple[Proxy, ...]
+    domain_weights: DomainWeights | None
 
     @property
     def method(self) -> str:
@@ -68,7 +70,9 @@ class Selection:
     def depends_on(self) -> dict[str, Any]:
         """What the chosen rows depend on."""
         s = self.config.selection
-        return {**self.scores_of, "rows": self.rows, "stratified": s.stratified, "temperature": s.temperature}
+        domains = {} if self.domain_weights is None else {"domain_weights": self.domain_weights.digest}
+        chosen = {"rows": self.rows, "stratified": s.stratified, "temperature": s.temperature}
+        return {**self.scores_of, **chosen, **domains}
 
 
 def plan_selection(config: RunConfig) -> Selection:
@@ -93,6 +97,7 @@ def plan_selection(config: RunConfig) -> Selection:
         rows=_rows(config, pool),
         folder=Path(config.selection.output),
         proxies=plan_proxies(config, pool) if method.proxies else (),
+        domain_weights=plan_domain_weights(config, pool) if method.domain_weights else None,
     )
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
@@ -198,6 +203,7 @@ def _fill(selection: Selection, work: Path) -> None:
     started = time.monotonic()
     config, pool, method = selection.config, selection.pool, METHODS[selection.method]
     sweep = RaySweep(work, config.selection)
+    weights = selection.domain_weights
     task = Task(
         options=config.selection,
         seed=config.seed,
@@ -205,6 +211,7 @@ def _fill(selection: Selection, work: Path) -> None:
         targets=selection.targets,
         sweep=sweep,
         proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
+        domain_weights=None if weights is None else weights.ready(pool, selection.rows, sweep, work / "shards"),
     )
     scored = _scored(selection, task, work)
     rows = method.choose(task, scored, selection.rows)

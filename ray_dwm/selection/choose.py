@@ -38,10 +38,23 @@ def _within_domains(
     if not task.options.stratified:
         return choose(scored.scores, count)
     sizes = np.bincount(scored.domains, minlength=len(task.pool.domains))
+    return _of_each(scored, quotas(sizes / sizes.sum(), count, sizes), choose)
+
+
+def highest_of_each(scored: Scored, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """So many rows of each domain, by its code, those of the highest scores, ascending."""
+    return _of_each(scored, counts, _highest)
+
+
+def _of_each(
+    scored: Scored,
+    counts: NDArray[np.int64],
+    choose: Callable[[NDArray[np.float64], int], NDArray[np.int64]],
+) -> NDArray[np.int64]:
     parts = []
-    for code, quota in enumerate(quotas(sizes / sizes.sum(), count, sizes)):
+    for code, count in enumerate(counts):
         rows = np.flatnonzero(scored.domains == code)
-        parts.append(rows[choose(scored.scores[rows], int(quota))])
+        parts.append(rows[choose(scored.scores[rows], int(count))])
     return np.sort(np.concatenate(parts))
 
 

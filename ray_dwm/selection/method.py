@@ -43,6 +43,8 @@ class Task:
     sweep: Sweep
     proxies: tuple[str, ...] = ()
     """Hugging Face folders of the proxy LMs, checked, where the method needs some."""
+    domain_weights: Mapping[str, float] | None = None
+    """Domain -> its part of what is selected, where the method goes by that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +72,7 @@ class Method:
     """Whether it needs a target set."""
     proxies: bool = False
     """Whether it looks through proxy LMs."""
+    domain_weights: bool = False
+    """Whether it goes by domain weights, which LMs learn beforehand."""
     ordered: bool = False
     """Whether the order of the chosen rows matters: training then reads them in that order."""
