@@ -61,8 +61,8 @@ class SelectionConfig:
     """Every domain keeps its part of the pool's tokens; the method chooses within domains."""
     temperature: float = 1.0
     """Of the Gumbel noise of methods that draw (dsir, mates); towards 0 they take the highest scores."""
-    block_rows: int = 4096
-    """Sequences in one unit of work: what an interrupted selection loses at most, for each task."""
+    block_tokens: int = 1_048_576
+    """In one unit of work, which decides what a task holds in memory and what an interruption loses."""
     tasks: int = 2
     """Units of work that run at the same time."""
     cpus_per_task: float = 1.0
@@ -71,5 +71,5 @@ class SelectionConfig:
     dsir: DsirConfig = field(default_factory=DsirConfig)
 
     def __post_init__(self) -> None:
-        positive("selection", self, "temperature", "block_rows", "tasks", "cpus_per_task")
+        positive("selection", self, "temperature", "block_tokens", "tasks", "cpus_per_task")
         not_negative("selection", self, "budget", "gpus_per_task")

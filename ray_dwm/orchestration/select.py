@@ -184,7 +184,7 @@ def _holds(path: Path, content: dict[str, Any]) -> bool:
 def _work_folder(selection: Selection) -> Path:
     """Where blocks are kept until all is done; what another selection has left there goes."""
     work = selection.folder.parent / f".{selection.folder.name}.work"
-    key = {**selection.depends_on, "block_rows": selection.config.selection.block_rows}
+    key = {**selection.depends_on, "block_tokens": selection.config.selection.block_tokens}
     if work.exists() and (
         not (work / "key.json").exists() or read_json(work / "key.json") != json.loads(json.dumps(key))
     ):
