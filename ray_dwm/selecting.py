@@ -7,14 +7,15 @@ from typing import Literal
 
 from ray_dwm.configuring import frozen, not_negative, positive, require
 
-MethodName = Literal["none", "random", "dsir"]
+MethodName = Literal["none", "random", "dsir", "classifier", "perplexity", "curriculum", "dwm"]
+Features = Literal["text", "tokens"]
 
 
 @frozen
 class DsirConfig:
     """Importance resampling by hashed n-grams (Xie et al. 2023, arXiv 2302.03169)."""
 
-    features: Literal["text", "tokens"] = "text"
+    features: Features = "text"
     """text: words and punctuation of the decoded text, as published. tokens: token ids, without decoding."""
     ngrams: int = 2
     """1: words alone; 2: pairs of neighbours as well, as published."""
@@ -22,8 +23,36 @@ class DsirConfig:
     """Into which n-grams are hashed."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.ngrams <= 4, f"selection.dsir.ngrams is {self.ngrams}: it must lie between 1 and 4")
+        _few_ngrams("selection.dsir", self.ngrams)
         positive("selection.dsir", self, "buckets")
+
+
+@frozen
+class ClassifierConfig:
+    """A linear classifier of hashed n-grams, the target sets against the pool."""
+
+    features: Features = "text"
+    """As of dsir."""
+    ngrams: int = 2
+    """1: words alone; 2: pairs of neighbours as well."""
+    buckets: int = 100_000
+    """Into which n-grams are hashed."""
+    samples: int = 20_000
+    """Sequences of each set to learn from and to be judged by."""
+    choice: Literal["highest", "drawn"] = "highest"
+    """Take the highest scores, or draw by odds, with selection.temperature."""
+
+    def __post_init__(self) -> None:
+        _few_ngrams("selection.classifier", self.ngrams)
+        positive("selection.classifier", self, "buckets")
+        require(
+            self.samples >= 100,
+            f"selection.classifier.samples is {self.samples}: it must be at least 100, a tenth of them are held out",
+        )
+
+
+def _few_ngrams(section: str, ngrams: int) -> None:
+    require(1 <= ngrams <= 4, f"{section}.ngrams is {ngrams}: it must lie between 1 and 4")
 
 
 @frozen
@@ -49,6 +78,7 @@ class SelectionConfig:
     cpus_per_task: float = 1.0
     gpus_per_task: float = 0.0
     dsir: DsirConfig = field(default_factory=DsirConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
     def __post_init__(self) -> None:
         positive("selection", self, "temperature", "block_rows", "tasks", "cpus_per_task")

@@ -26,7 +26,7 @@ from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import record, scores
 from ray_dwm.selection.method import Scored, Task
-from ray_dwm.selection.methods import METHODS
+from ray_dwm.selection.methods import METHODS, score
 from ray_dwm.selection.write import ROWS_PER_FILE, write_part
 
 _LEAST_TARGET = 8
@@ -52,10 +52,10 @@ class Selection:
     @property
     def scores_of(self) -> dict[str, Any]:
         """What the scores depend on."""
-        options = to_dict(self.config.selection)
+        depends = METHODS[self.method].depends
         return {
             "method": self.method,
-            "options": options.get(self.method, {}),
+            "options": depends(self.config.selection) if depends else self._options,
             "seed": self.config.seed,
             "pool": _digest(self.pool),
             "targets": {name: _digest(manifest) for name, manifest in self.targets.items()},
@@ -65,7 +65,12 @@ class Selection:
     def depends_on(self) -> dict[str, Any]:
         """What the chosen rows depend on."""
         s = self.config.selection
-        return {**self.scores_of, "rows": self.rows, "stratified": s.stratified, "temperature": s.temperature}
+        choice = {"rows": self.rows, "stratified": s.stratified, "temperature": s.temperature, "choice": self._options}
+        return {**self.scores_of, **choice}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dict(to_dict(self.config.selection).get(self.method, {}))
 
 
 def plan_selection(config: RunConfig) -> Selection:
@@ -80,12 +85,13 @@ def plan_selection(config: RunConfig) -> Selection:
     if not config.data.train:
         raise ConfigError("data.train is empty: name the pool, a folder of token shards")
     pool = load_manifest(config.data.train)
-    targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()} if method.targeted else {}
-    if method.targeted:
+    targets = {}
+    if method.is_targeted(config.selection):
+        targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()}
         _check_targets(config, pool, targets)
-    selection = Selection(
-        config=config, pool=pool, targets=targets, rows=_rows(config, pool), folder=Path(config.selection.output)
-    )
+    rows = _rows(config, pool)
+    method.check(config.selection, pool, rows)
+    selection = Selection(config=config, pool=pool, targets=targets, rows=rows, folder=Path(config.selection.output))
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
 
@@ -207,6 +213,7 @@ def _fill(selection: Selection, work: Path) -> None:
         "method": selection.method,
         "depends_on": selection.depends_on,
         "options": to_dict(config.selection),
+        "notes": task.notes,
         **record.describe(pool, scored, rows),
         "seconds": time.monotonic() - started,
     }
@@ -219,11 +226,10 @@ def _scored(selection: Selection, task: Task, work: Path) -> Scored:
     if options.scores:
         scored = scores.read(Path(options.scores).expanduser(), task.pool, digest)
     else:
-        scorer = METHODS[selection.method].prepare(task)
-        blocks = partial(task.sweep, f"scores by {selection.method}", str(task.pool.folder), scores.Keyed(scorer))
-        scored = scores.gather(blocks(), task.pool)
+        blocks = score(selection.method, task)
         if options.keep_scores:
-            scores.write(work / "shards" / scores.FILE, blocks(), task.pool, digest)
+            blocks = scores.kept(work / "shards" / scores.FILE, blocks, task.pool, digest)
+        scored = scores.gather(blocks, task.pool)
     scores.require_usable(scored, selection.method)
     return scored
 

@@ -25,6 +25,12 @@ def drawn(task: Task, scored: Scored, count: int) -> NDArray[np.int64]:
     return _within_domains(task, noisy, count, _highest)
 
 
+def equally(task: Task, scored: Scored, count: int) -> NDArray[np.int64]:
+    """Rows drawn at random whatever their scores, ascending."""
+    noise = np.random.Generator(np.random.Philox(task.seed)).random(size=len(scored))
+    return _within_domains(task, Scored(noise, scored.domains), count, _highest)
+
+
 def _highest(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
