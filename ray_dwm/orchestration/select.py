@@ -23,9 +23,10 @@ from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.engine.setup import target_sets
 from ray_dwm.errors import ConfigError, DataError, UserError
 from ray_dwm.orchestration.cluster import connect
+from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import record, scores
-from ray_dwm.selection.method import Scored, Task
+from ray_dwm.selection.method import Scored, Task, applies
 from ray_dwm.selection.methods import METHODS, score
 from ray_dwm.selection.write import ROWS_PER_FILE, write_part
 
@@ -43,6 +44,7 @@ class Selection:
     rows: int
     """To be chosen."""
     folder: Path
+    proxies: tuple[Proxy, ...]
 
     @property
     def method(self) -> str:
@@ -59,6 +61,7 @@ class Selection:
             "seed": self.config.seed,
             "pool": _digest(self.pool),
             "targets": {name: _digest(manifest) for name, manifest in self.targets.items()},
+            **({"proxies": [proxy.digest for proxy in self.proxies]} if self.proxies else {}),
         }
 
     @property
@@ -86,12 +89,19 @@ def plan_selection(config: RunConfig) -> Selection:
         raise ConfigError("data.train is empty: name the pool, a folder of token shards")
     pool = load_manifest(config.data.train)
     targets = {}
-    if method.is_targeted(config.selection):
+    if applies(method.targeted, config.selection):
         targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()}
         _check_targets(config, pool, targets)
     rows = _rows(config, pool)
     method.check(config.selection, pool, rows)
-    selection = Selection(config=config, pool=pool, targets=targets, rows=rows, folder=Path(config.selection.output))
+    selection = Selection(
+        config=config,
+        pool=pool,
+        targets=targets,
+        rows=rows,
+        folder=Path(config.selection.output),
+        proxies=plan_proxies(config, pool) if applies(method.proxies, config.selection) else (),
+    )
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
 
@@ -196,7 +206,14 @@ def _fill(selection: Selection, work: Path) -> None:
     started = time.monotonic()
     config, pool, method = selection.config, selection.pool, METHODS[selection.method]
     sweep = RaySweep(work, config.selection)
-    task = Task(options=config.selection, seed=config.seed, pool=pool, targets=selection.targets, sweep=sweep)
+    task = Task(
+        options=config.selection,
+        seed=config.seed,
+        pool=pool,
+        targets=selection.targets,
+        sweep=sweep,
+        proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
+    )
     scored = _scored(selection, task, work)
     rows = method.choose(task, scored, selection.rows)
     files, domains = _write_rows(selection, sweep, work, rows)

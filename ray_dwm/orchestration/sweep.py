@@ -25,7 +25,7 @@ class RaySweep:
     """A Sweep (see selection/method.py) whose results lie in a folder that all nodes see."""
 
     def __init__(self, work: Path, options: SelectionConfig) -> None:
-        self._work, self._options = work, options
+        self._work, self.options = work, options
 
     def __call__(self, name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
         """See Sweep.
@@ -35,7 +35,7 @@ class RaySweep:
         """
         results = self._work / _file_name(name)
         results.mkdir(parents=True, exist_ok=True)
-        rows, size = load_manifest(folder).rows, self._options.block_rows
+        rows, size = load_manifest(folder).rows, self.options.block_rows
         paths = [results / f"{start:012d}.npz" for start in range(0, rows, size)]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         if missing:
@@ -52,7 +52,7 @@ class RaySweep:
     def _map(
         self, name: str, items: list[dict[str, Any]], function: Callable[..., dict[str, Any]], options: Any, done: int
     ) -> None:
-        o = self._options
+        o = self.options
         resources: dict[str, Any] = {"num_cpus": o.cpus_per_task}
         if o.gpus_per_task:
             resources["num_gpus"] = o.gpus_per_task

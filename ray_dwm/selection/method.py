@@ -43,6 +43,8 @@ class Task:
     sweep: Sweep
     notes: dict[str, Any] = field(default_factory=dict)
     """What the method has to say of itself; it is kept in selection.json."""
+    proxies: tuple[str, ...] = ()
+    """Hugging Face folders of the proxy LMs, checked, where the method needs some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,15 @@ def nothing_more(options: SelectionConfig, pool: Manifest, count: int) -> None:
     del options, pool, count
 
 
+When = bool | Callable[[SelectionConfig], bool]
+"""Always, never, or under some options."""
+
+
+def applies(when: When, options: SelectionConfig) -> bool:
+    """Whether it is so under these options."""
+    return when if isinstance(when, bool) else when(options)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """A selection method."""
@@ -79,15 +90,13 @@ class Method:
     """Turns what the scorer made of all rows, block by block, into scores, where these depend on other rows too."""
     choose: Callable[[Task, Scored, int], NDArray[np.int64]]
     """Chooses so many rows; they are written in the order in which it returns them."""
-    targeted: bool | Callable[[SelectionConfig], bool] = True
+    targeted: When = True
     """Whether it needs a target set."""
+    proxies: When = False
+    """Whether it looks through proxy LMs."""
     ordered: bool = False
     """Whether the order of the chosen rows matters: training then reads them in that order."""
     depends: Callable[[SelectionConfig], dict[str, Any]] | None = None
     """What its scores depend on beside seed, pool and target sets, files' contents included; None: all its options."""
     check: Callable[[SelectionConfig, Manifest, int], None] = nothing_more
     """Refuses, before anything is scored, options that do not fit the pool or the number of rows."""
-
-    def is_targeted(self, options: SelectionConfig) -> bool:
-        """Whether it needs a target set under these options."""
-        return self.targeted if isinstance(self.targeted, bool) else self.targeted(options)
