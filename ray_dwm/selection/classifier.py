@@ -10,13 +10,14 @@ Legend: n = rows, V = buckets, N = pairs of a row and a bucket that it has.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ray_dwm.config import to_dict
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
@@ -57,9 +58,7 @@ def prepare(task: Task) -> RowFunction:
 
 def depends(options: SelectionConfig) -> dict[str, Any]:
     """All options but how rows are chosen."""
-    found = asdict(options.classifier)
-    del found["choice"]
-    return found
+    return {key: value for key, value in to_dict(options.classifier).items() if key != "choice"}
 
 
 def choose(task: Task, scored: Scored, count: int) -> NDArray[np.int64]:

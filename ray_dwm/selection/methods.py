@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ray_dwm.selection import classifier, dsir, random
+from ray_dwm.selection import classifier, curriculum, dsir, dwm, perplexity, random
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, Method, Task
 from ray_dwm.selection.scores import Keyed
@@ -13,6 +13,32 @@ METHODS = {
     "random": Method(prepare=random.prepare, choose=highest, targeted=False),
     "dsir": Method(prepare=dsir.prepare, choose=drawn),
     "classifier": Method(prepare=classifier.prepare, choose=classifier.choose, depends=classifier.depends),
+    "perplexity": Method(
+        prepare=perplexity.prepare,
+        choose=perplexity.choose,
+        targeted=False,
+        proxies=True,
+        depends=perplexity.depends,
+        check=perplexity.check,
+    ),
+    "curriculum": Method(
+        prepare=curriculum.prepare,
+        finish=curriculum.finish,
+        choose=curriculum.choose,
+        targeted=lambda options: options.curriculum.criterion == "similarity",
+        proxies=lambda options: options.curriculum.criterion == "perplexity",
+        ordered=True,
+        depends=curriculum.depends,
+        check=curriculum.check,
+    ),
+    "dwm": Method(
+        prepare=dwm.prepare,
+        finish=dwm.finish,
+        choose=dwm.choose,
+        targeted=False,
+        depends=dwm.depends,
+        check=dwm.check,
+    ),
 }
 
 
