@@ -161,7 +161,7 @@ def select(config: RunConfig) -> Path:
         return folder
     connect(config)
     try:
-        work = _work_folder(selection)
+        work = work_folder(selection)
         _fill(selection, work)
         os.rename(work / "shards", folder)
         shutil.rmtree(work, ignore_errors=True)
@@ -189,7 +189,7 @@ def _holds(path: Path, content: dict[str, Any]) -> bool:
     return path.is_file() and content.items() <= read_json(path).items()
 
 
-def _work_folder(selection: Selection) -> Path:
+def work_folder(selection: Selection) -> Path:
     """Where blocks are kept until all is done; what another selection has left there goes."""
     work = selection.folder.parent / f".{selection.folder.name}.work"
     key = {**selection.depends_on, "block_rows": selection.config.selection.block_rows}
@@ -206,15 +206,8 @@ def _fill(selection: Selection, work: Path) -> None:
     started = time.monotonic()
     config, pool, method = selection.config, selection.pool, METHODS[selection.method]
     sweep = RaySweep(work, config.selection)
-    task = Task(
-        options=config.selection,
-        seed=config.seed,
-        pool=pool,
-        targets=selection.targets,
-        sweep=sweep,
-        proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
-    )
-    scored = _scored(selection, task, work)
+    task = task_of(selection, sweep)
+    scored = scored_pool(selection, task, work)
     rows = method.choose(task, scored, selection.rows)
     files, domains = _write_rows(selection, sweep, work, rows)
     shards = work / "shards"
@@ -237,8 +230,21 @@ def _fill(selection: Selection, work: Path) -> None:
     write_whole(shards / record.RECORD, json.dumps(content, indent=2) + "\n")
 
 
-def _scored(selection: Selection, task: Task, work: Path) -> Scored:
-    """Scores of the whole pool, from a file or by the method."""
+def task_of(selection: Selection, sweep: RaySweep) -> Task:
+    """What the method is given, its proxies ready."""
+    config, pool = selection.config, selection.pool
+    return Task(
+        options=config.selection,
+        seed=config.seed,
+        pool=pool,
+        targets=selection.targets,
+        sweep=sweep,
+        proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
+    )
+
+
+def scored_pool(selection: Selection, task: Task, work: Path) -> Scored:
+    """Scores of the whole pool, from a file or by the method; where they are kept, in the shards of the work folder."""
     options, digest = task.options, _hash(selection.scores_of)
     if options.scores:
         scored = scores.read(Path(options.scores).expanduser(), task.pool, digest)

@@ -38,7 +38,11 @@ _ROWS = 32
 @lru_cache(maxsize=2)
 def _model(folder: str) -> DataWeightingModel:
     """In evaluation mode on this process's device, loaded once."""
-    return load_dwm(Path(folder).expanduser())[0].to(device()).eval()
+    return load_dwm(Path(folder))[0].to(device()).eval()
+
+
+def _folder(options: SelectionConfig) -> Path:
+    return Path(options.dwm.folder).expanduser().absolute()
 
 
 def check(options: SelectionConfig, pool: Manifest, count: int) -> None:
@@ -48,10 +52,10 @@ def check(options: SelectionConfig, pool: Manifest, count: int) -> None:
         ConfigError, DataError: no DWM folder, or one that cannot score this pool.
     """
     del count
-    folder, batch = options.dwm.folder, options.dwm.batch
-    if not folder:
+    if not options.dwm.folder:
         raise ConfigError("selection.dwm.folder is empty: name a DWM folder, as `ray-dwm export` makes")
-    model, _ = load_dwm(Path(folder).expanduser(), pool.tokenizer_sha256)
+    folder, batch = _folder(options), options.dwm.batch
+    model, _ = load_dwm(folder, pool.tokenizer_sha256)
     if model.shape.lm_features:
         raise DataError(
             f"the DWM in {folder} looks at the LM's loss and entropy (dwm.lm_features), which a pool does not have: "
@@ -63,8 +67,7 @@ def check(options: SelectionConfig, pool: Manifest, count: int) -> None:
 
 def depends(options: SelectionConfig) -> dict[str, Any]:
     """How scores are averaged, and the DWM's files."""
-    folder = Path(options.dwm.folder).expanduser()
-    digests = [file_sha256(folder / name) for name in ("config.json", "model.safetensors")]
+    digests = [file_sha256(_folder(options) / name) for name in ("config.json", "model.safetensors")]
     dwm = hashlib.sha256("".join(digests).encode()).hexdigest()
     return {"dwm": dwm, "rounds": options.dwm.rounds, "batch": options.dwm.batch}
 
@@ -76,7 +79,7 @@ def choose(task: Task, scored: Scored, count: int) -> NDArray[np.int64]:
 
 def prepare(task: Task) -> RowFunction:
     """The DWM's encoder, which sees single rows; `finish` makes scores of what it says."""
-    return Encoded(task.options.dwm.folder)
+    return Encoded(str(_folder(task.options)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def finish(task: Task, blocks: Iterable[Arrays]) -> Iterator[Arrays]:
     The encodings of the whole pool are held here: 4 (D + 1) bytes a row.
     """
     o, pool = task.options.dwm, task.pool
-    model = load_dwm(Path(o.folder).expanduser())[0].eval()
+    model = load_dwm(_folder(task.options))[0].eval()
     encoded = np.empty((pool.rows, model.shape.width + 1), dtype=np.float32)
     kept, at = [], 0
     for block in blocks:
