@@ -17,13 +17,12 @@ class DsirConfig:
 
     features: Features = "text"
     """text: words and punctuation of the decoded text, as published. tokens: token ids, without decoding."""
-    ngrams: int = 2
-    """1: words alone; 2: pairs of neighbours as well, as published."""
+    bigrams: bool = True
+    """Count pairs of neighbours as well, as published."""
     buckets: int = 10_000
     """Into which n-grams are hashed."""
 
     def __post_init__(self) -> None:
-        _few_ngrams("selection.dsir", self.ngrams)
         positive("selection.dsir", self, "buckets")
 
 
@@ -33,8 +32,8 @@ class ClassifierConfig:
 
     features: Features = "text"
     """As of dsir."""
-    ngrams: int = 2
-    """1: words alone; 2: pairs of neighbours as well."""
+    bigrams: bool = True
+    """Count pairs of neighbours as well."""
     buckets: int = 100_000
     """Into which n-grams are hashed."""
     samples: int = 20_000
@@ -43,7 +42,6 @@ class ClassifierConfig:
     """Take the highest scores, or draw by odds, with selection.temperature."""
 
     def __post_init__(self) -> None:
-        _few_ngrams("selection.classifier", self.ngrams)
         positive("selection.classifier", self, "buckets")
         require(
             self.samples >= 100,
@@ -131,10 +129,6 @@ class DwmScoresConfig:
         for name in ("rounds", "batch"):
             value = getattr(self, name)
             require(value >= 2, f"selection.dwm.{name} is {value}: it must be at least 2")
-
-
-def _few_ngrams(section: str, ngrams: int) -> None:
-    require(1 <= ngrams <= 4, f"{section}.ngrams is {ngrams}: it must lie between 1 and 4")
 
 
 @frozen

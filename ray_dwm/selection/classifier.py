@@ -9,7 +9,6 @@ Legend: n = rows, V = buckets, N = pairs of a row and a bucket that it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from ray_dwm.errors import DataError
 from ray_dwm.selecting import ClassifierConfig, SelectionConfig
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task
-from ray_dwm.selection.ngrams import features
+from ray_dwm.selection.ngrams import Ngrams, ngrams
 from ray_dwm.selection.random import uniform
 
 _HELD_OUT = 0.1
@@ -82,15 +81,12 @@ class Bags:
         return len(self.sizes)
 
     @staticmethod
-    def of(found: Iterable[NDArray[np.int64]]) -> Bags:
-        """From the buckets of each row's n-grams, with repetitions."""
-        parts = [np.unique(buckets, return_counts=True) for buckets in found]
-        none = (np.zeros(0, dtype=np.int64), np.zeros(0))
-        return Bags(
-            np.concatenate([none[0], *(buckets for buckets, _ in parts)]),
-            np.concatenate([none[1], *(counts / max(1.0, float(np.linalg.norm(counts))) for _, counts in parts)]),
-            np.array([len(buckets) for buckets, _ in parts], dtype=np.int64),
-        )
+    def of(found: Ngrams, rows: int, buckets: int) -> Bags:
+        """Of so many rows, in `buckets` buckets."""
+        pairs, counts = np.unique(found.rows_k * buckets + found.buckets_k, return_counts=True)
+        owners, inside = np.divmod(pairs, buckets)
+        lengths = np.sqrt(np.bincount(owners, weights=counts.astype(np.float64) ** 2, minlength=rows))
+        return Bags(inside, counts / lengths[owners], np.bincount(owners, minlength=rows))
 
     @staticmethod
     def joined(parts: list[Bags]) -> Bags:
@@ -135,10 +131,9 @@ class Examples:
     seed: int
 
     def __call__(self, rows: Rows) -> Arrays:
-        o = self.options
         number = uniform(rows.sample_ids, self.seed)
         chosen = np.flatnonzero(number < self.rate)
-        bags = Bags.of(features(rows[chosen], self.folder, o.features, o.ngrams, o.buckets) if len(chosen) else ())
+        bags = _bags(rows[chosen], self.folder, self.options)
         held_out = number[chosen] < self.rate * _HELD_OUT
         return {"buckets": bags.buckets, "values": bags.values, "sizes": bags.sizes, "held_out": held_out}
 
@@ -214,5 +209,9 @@ class LogOdds:
     classifier: Classifier
 
     def __call__(self, rows: Rows) -> Arrays:
-        o = self.options
-        return {"score": self.classifier.scores(Bags.of(features(rows, self.folder, o.features, o.ngrams, o.buckets)))}
+        return {"score": self.classifier.scores(_bags(rows, self.folder, self.options))}
+
+
+def _bags(rows: Rows, folder: str, options: ClassifierConfig) -> Bags:
+    found = ngrams(rows, folder, options.features, options.bigrams, options.buckets)
+    return Bags.of(found, len(rows), options.buckets)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from local import task
 from texts import HILL, planted, text_shards
 
+from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import DataError
+from ray_dwm.selecting import ClassifierConfig
 from ray_dwm.selection import classifier
 from ray_dwm.selection.choose import drawn, highest
-from ray_dwm.selection.classifier import Bags, auc, fit, judged
+from ray_dwm.selection.classifier import Bags, Examples, auc, fit, judged
 from ray_dwm.selection.methods import score
+from ray_dwm.selection.ngrams import Ngrams
 from ray_dwm.selection.scores import gather
 
 
 def bags(*rows: list[int]) -> Bags:
-    return Bags.of(np.array(row, dtype=np.int64) for row in rows)
+    places = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    return Bags.of(Ngrams(np.array([b for row in rows for b in row], dtype=np.int64), places), len(rows), 12)
 
 
 def test_bags_by_hand() -> None:
@@ -86,6 +91,14 @@ def test_other_blocks_give_the_same_classifier(tmp_path: Path) -> None:
         scores.append(gather(score("classifier", job), job.pool).scores)
     assert np.array_equal(*scores)
     assert 80 <= job.notes["examples"]["pool"] < 120
+
+
+@pytest.mark.parametrize("features", ["text", "tokens"])
+def test_a_block_of_which_nothing_is_sampled(tmp_path: Path, features: Any) -> None:
+    pool, _ = planted(tmp_path)
+    examples = Examples(str(pool), ClassifierConfig(features=features), rate=0.0, seed=1)
+    found = examples(open_shards(str(pool)).take(np.arange(5)))
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys(found, 0)
 
 
 def test_every_target_draws_its_own_kind_of_documents(tmp_path: Path) -> None:

@@ -158,8 +158,8 @@ def test_scores_serve_every_order_and_pacing() -> None:
         return curriculum.depends(build(SelectionConfig, {"curriculum": options}))
 
     assert depends() == depends(order="hard_first", pacing="linear", start="0.3") == {"criterion": "length"}
-    similar = build(SelectionConfig, {"curriculum": {"criterion": "similarity"}, "dsir": {"ngrams": "1"}})
-    assert curriculum.depends(similar)["ngrams"] == 1
+    similar = build(SelectionConfig, {"curriculum": {"criterion": "similarity"}, "dsir": {"bigrams": "false"}})
+    assert curriculum.depends(similar)["bigrams"] is False
 
 
 @pytest.mark.parametrize(
