@@ -10,8 +10,8 @@ are available for the k-th place, k = 0 .. n - 1; one of them that has no place 
 pacing function: the part of the ranking that is available after the part t of training. Each sequence has one place,
 so where c asks for fewer than have been used, the next of the ranking follows. With x = min(t / full, 1):
 
-    linear     start + (1 - start) x                 Platanios et al. 2019, arXiv 1903.09848, eq. 7
-    root       sqrt(start^2 + (1 - start^2) x)       the same, eq. 8
+    linear     start + (1 - start) x                 Platanios et al. 2019, arXiv 1903.09848
+    root       sqrt(start^2 + (1 - start^2) x)       the same
     geometric  start^(1 - x)                         Hacohen & Weinshall 2019, arXiv 1904.03626: fixed exponential
                                                      pacing, without its steps
     stepwise   start where x < 1, else 1             the same: single-step pacing

@@ -1,6 +1,6 @@
 """Perplexity band: a random part of the sequences whose perplexity under a proxy LM is neither too low nor too high.
 
-CCNet (Wenzek et al. 2019, arXiv 1911.00359, section 3.3) cuts each language at quantiles of its perplexities;
+CCNet (Wenzek et al. 2019, arXiv 1911.00359) cuts each language at quantiles of its perplexities;
 Marion et al. 2023 (arXiv 2309.04564) compare the lowest, middle and highest part and find the middle best.
 """
 
