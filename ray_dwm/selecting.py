@@ -36,7 +36,7 @@ class ClassifierConfig:
     """Count pairs of neighbours as well."""
     buckets: int = 100_000
     """Into which n-grams are hashed."""
-    samples: int = 20_000
+    samples: int = 10_000
     """Sequences of each set to learn from and to be judged by."""
     choice: Literal["highest", "drawn"] = "highest"
     """Take the highest scores, or draw by odds, with selection.temperature."""
