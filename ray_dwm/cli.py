@@ -75,6 +75,25 @@ def select(
 
 
 @app.command()
+def score(
+    dwm: Annotated[Path, typer.Option(help="A DWM folder; as selection.dwm.folder.")],
+    pool: Annotated[Path, typer.Option(help="Token shards to score; as data.train.")],
+    output: Annotated[Path, typer.Option(help="Parquet file of the scores; `select dwm selection.scores=` takes it.")],
+    rounds: Annotated[int, typer.Option(min=0, help="Random batches for each sequence; 0: selection.dwm.rounds.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="Sequences of a batch; 0: selection.dwm.batch.")] = 0,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score sequences that a DWM was not learnt on: the mean over random batches, and the spread."""
+    from ray_dwm.orchestration.score import score as run
+
+    given: dict[str, object] = {"selection.dwm.folder": dwm, "data.train": pool}
+    given |= {f"selection.dwm.{key}": number for key, number in (("rounds", rounds), ("batch", batch)) if number}
+    options = [f"{key}={value}" for key, value in given.items()]
+    run(_load(config, [*options, *(overrides or [])]), output)
+
+
+@app.command()
 def train(config: Config = None, overrides: Overrides = None) -> None:
     """Train an LM, with the weights that weighting.method names; the same command resumes."""
     from ray_dwm.orchestration.train import train as run

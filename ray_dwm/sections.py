@@ -51,6 +51,8 @@ class DataConfig:
     """Name -> shards that are only ever evaluated."""
     selection: MethodName = "none"
     """Train on a part of data.train, chosen by this method; section `selection` has its budget and options."""
+    order: Literal["auto", "shuffled", "stored"] = "auto"
+    """Of the first epoch; later ones are shuffled. auto: stored where the shards' manifest says they are ordered."""
     block_rows: int = 32
     """Contiguous rows that are read together."""
     window_blocks: int = 1024

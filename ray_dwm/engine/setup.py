@@ -123,12 +123,14 @@ def seq_len(config: RunConfig, train: Manifest) -> int:
 
 def read_plan(config: RunConfig, train: Manifest) -> ReadPlan:
     """The order of the training set."""
+    ordered = train.made_by.get("ordered") is True
     return ReadPlan(
         rows_per_file=train.rows_per_file,
         global_batch=config.train.global_batch,
         seed=config.seed,
         block_rows=config.data.block_rows,
         window_blocks=config.data.window_blocks,
+        stored=config.data.order == "stored" or (config.data.order == "auto" and ordered),
     )
 
 

@@ -35,7 +35,8 @@ class RaySweep:
         """
         results = self._work / _file_name(name)
         results.mkdir(parents=True, exist_ok=True)
-        rows, size = load_manifest(folder).rows, self.options.block_rows
+        manifest = load_manifest(folder)
+        rows, size = manifest.rows, max(1, self.options.block_tokens // manifest.seq_len)
         paths = [results / f"{start:012d}.npz" for start in range(0, rows, size)]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         if missing:

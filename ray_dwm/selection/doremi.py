@@ -16,10 +16,17 @@ from numpy.typing import NDArray
 
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.errors import DataError
+from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.choose import highest_of_each, quotas
 from ray_dwm.selection.method import Scored, Task
 
 FILE = "domain_weights.json"
+
+
+def depends(options: SelectionConfig) -> dict[str, Any]:
+    """See Method.depends: its scores are random ones."""
+    del options
+    return {}
 
 
 def choose(task: Task, scored: Scored, count: int) -> NDArray[np.int64]:

@@ -6,8 +6,8 @@ pool; from the scores of all rows it chooses the rows that fit the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +41,8 @@ class Task:
     targets: Mapping[str, Manifest]
     """Name -> target set; several count the same."""
     sweep: Sweep
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the method has to say of itself; it is kept in selection.json."""
     proxies: tuple[str, ...] = ()
     """Hugging Face folders of the proxy LMs, checked, where the method needs some."""
     domain_weights: Mapping[str, float] | None = None
@@ -60,19 +62,45 @@ class Scored:
         return len(self.scores)
 
 
+def as_they_are(task: Task, blocks: Iterable[Arrays]) -> Iterable[Arrays]:
+    """See Method.finish."""
+    del task
+    return blocks
+
+
+def nothing_more(options: SelectionConfig, pool: Manifest, count: int) -> None:
+    """See Method.check."""
+    del options, pool, count
+
+
+When = bool | Callable[[SelectionConfig], bool]
+"""Always, never, or under some options."""
+
+
+def applies(when: When, options: SelectionConfig) -> bool:
+    """Whether it is so under these options."""
+    return when if isinstance(when, bool) else when(options)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """A selection method."""
 
     prepare: Callable[[Task], RowFunction]
     """Makes the scorer, whose result has `score` (n,) and, if it likes, further columns to be kept with the scores."""
+    finish: Callable[[Task, Iterable[Arrays]], Iterable[Arrays]] = as_they_are
+    """Turns what the scorer made of all rows, block by block, into scores, where these depend on other rows too."""
     choose: Callable[[Task, Scored, int], NDArray[np.int64]]
     """Chooses so many rows; they are written in the order in which it returns them."""
-    targeted: bool = True
+    targeted: When = True
     """Whether it needs a target set."""
-    proxies: bool = False
+    proxies: When = False
     """Whether it looks through proxy LMs."""
     domain_weights: bool = False
     """Whether it goes by domain weights, which LMs learn beforehand."""
     ordered: bool = False
     """Whether the order of the chosen rows matters: training then reads them in that order."""
+    depends: Callable[[SelectionConfig], dict[str, Any]] | None = None
+    """What its scores depend on beside seed, pool and target sets, files' contents included; None: all its options."""
+    check: Callable[[SelectionConfig, Manifest, int], None] = nothing_more
+    """Refuses, before anything is scored, options that do not fit the pool or the number of rows."""

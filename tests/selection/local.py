@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,19 @@ from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 
 
-def sweep(name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
-    """Blocks of 50 rows, in a loop."""
+def sweep(name: str, folder: str, function: RowFunction, block: int = 50) -> Iterator[Arrays]:
+    """Blocks of rows, in a loop."""
     reader = open_shards(folder)
-    for start in range(0, reader.manifest.rows, 50):
-        yield function(reader.take(np.arange(start, min(start + 50, reader.manifest.rows))))
+    for start in range(0, reader.manifest.rows, block):
+        yield function(reader.take(np.arange(start, min(start + block, reader.manifest.rows))))
 
 
-def task(pool: Path, targets: dict[str, Path], seed: int = 0, **options: Any) -> Task:
+def task(pool: Path, targets: dict[str, Path], seed: int = 0, block: int = 50, **options: Any) -> Task:
     """A selection from a pool."""
     return Task(
         options=build(SelectionConfig, options),
         seed=seed,
         pool=load_manifest(pool),
         targets={name: load_manifest(folder) for name, folder in targets.items()},
-        sweep=sweep,
+        sweep=partial(sweep, block=block),
     )
