@@ -13,7 +13,7 @@ class GroupDroConfig:
 
     reference: str = ""
     """Run folder or Hugging Face folder of the reference LM, over whose loss the excess is taken. Empty: raw losses,
-    plain Group DRO (Sagawa et al. 2020, arXiv 1911.08731), which prefers what is hard, noise too."""
+    plain Group DRO (Sagawa et al. 2019, arXiv 1911.08731), which prefers what is hard, noise too."""
     eta: float = 1.0
     """Step size of the domain weights, as published; 0, with smoothing 0, keeps them as they are."""
     smoothing: float = 1e-3

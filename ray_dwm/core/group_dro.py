@@ -1,6 +1,6 @@
 """Group distributionally robust optimisation over domains, with which DoReMi learns domain weights.
 
-Xie et al. 2023 (arXiv 2305.10429), section 2; Sagawa et al. 2020 (arXiv 1911.08731). The problem is
+Xie et al. 2023 (arXiv 2305.10429), section 2; Sagawa et al. 2019 (arXiv 1911.08731). The problem is
 
     min over theta, max over alpha in the simplex of   sum_d alpha_d lambda_d(theta)
 

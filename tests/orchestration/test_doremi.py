@@ -22,12 +22,7 @@ from ray_dwm.orchestration.proxies import Proxy
 from ray_dwm.orchestration.select import plan_selection, select
 
 ROWS = 60
-OPTIONS = (
-    "data.selection=doremi",
-    f"selection.budget={ROWS * 16}",
-    "selection.block_tokens=1600",
-    "checkpoint.every=40",
-)
+OPTIONS = ("data.selection=doremi", f"selection.budget={ROWS * 16}", "selection.block_tokens=1600")
 OPTIONS += ("selection.proxy.preset=tiny", "selection.proxy.steps=60", "selection.proxy.lr=1e-2", "train.eval_every=60")
 OPTIONS += ("checkpoint.every=40", "weighting.group_dro.eta=0.1", "cluster.workers=2", "train.micro_batch=4")
 
