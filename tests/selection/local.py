@@ -22,7 +22,7 @@ def sweep(name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
         yield function(reader.take(np.arange(start, min(start + 50, reader.manifest.rows))))
 
 
-def task(pool: Path, targets: dict[str, Path], seed: int = 0, **options: Any) -> Task:
+def task(pool: Path, targets: dict[str, Path], seed: int = 0, proxies: tuple[Path, ...] = (), **options: Any) -> Task:
     """A selection from a pool."""
     return Task(
         options=build(SelectionConfig, options),
@@ -30,4 +30,5 @@ def task(pool: Path, targets: dict[str, Path], seed: int = 0, **options: Any) ->
         pool=load_manifest(pool),
         targets={name: load_manifest(folder) for name, folder in targets.items()},
         sweep=sweep,
+        proxies=tuple(map(str, proxies)),
     )
