@@ -6,7 +6,7 @@ import math
 from dataclasses import field
 from typing import Literal
 
-from ray_dwm.configuring import frozen, not_negative, positive, require
+from ray_dwm.configuring import frozen, not_negative, positive
 
 MethodName = Literal["none", "random", "dsir", "dsdm"]
 
@@ -17,13 +17,12 @@ class DsirConfig:
 
     features: Literal["text", "tokens"] = "text"
     """text: words and punctuation of the decoded text, as published. tokens: token ids, without decoding."""
-    ngrams: int = 2
-    """1: words alone; 2: pairs of neighbours as well, as published."""
+    bigrams: bool = True
+    """Count pairs of neighbours as well, as published."""
     buckets: int = 10_000
     """Into which n-grams are hashed."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.ngrams <= 4, f"selection.dsir.ngrams is {self.ngrams}: it must lie between 1 and 4")
         positive("selection.dsir", self, "buckets")
 
 

@@ -15,7 +15,7 @@ from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
 from ray_dwm.selecting import DsirConfig
 from ray_dwm.selection.method import Arrays, RowFunction, Task
-from ray_dwm.selection.ngrams import features
+from ray_dwm.selection.ngrams import ngrams
 
 _SMOOTHING = 1e-8
 """Added to every probability, as in the published code."""
@@ -52,10 +52,8 @@ class Counts:
 
     def __call__(self, rows: Rows) -> Arrays:
         o = self.options
-        counts = np.zeros(o.buckets, dtype=np.int64)
-        for found in features(rows, self.folder, o.features, o.ngrams, o.buckets):
-            counts += np.bincount(found, minlength=o.buckets)
-        return {"counts": counts}
+        found = ngrams(rows, self.folder, o.features, o.bigrams, o.buckets)
+        return {"counts": np.bincount(found.buckets_k, minlength=o.buckets)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,5 +66,5 @@ class LogRatios:
 
     def __call__(self, rows: Rows) -> Arrays:
         o = self.options
-        found = features(rows, self.folder, o.features, o.ngrams, o.buckets)
-        return {"score": np.array([self.log_ratios[buckets].sum() for buckets in found])}
+        found = ngrams(rows, self.folder, o.features, o.bigrams, o.buckets)
+        return {"score": np.bincount(found.rows_k, self.log_ratios[found.buckets_k], minlength=len(rows))}

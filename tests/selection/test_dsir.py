@@ -14,7 +14,7 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER, Tokenizer
 from ray_dwm.selection import dsir
 from ray_dwm.selection.choose import highest
-from ray_dwm.selection.ngrams import Buckets, text_buckets, token_buckets
+from ray_dwm.selection.ngrams import WordHashes, token_ngrams
 from ray_dwm.selection.scores import Keyed, gather
 
 
@@ -22,28 +22,42 @@ def bucket(ngram: str, buckets: int) -> int:
     return int(hashlib.sha256(ngram.encode()).hexdigest(), 16) % buckets
 
 
+TEXTS = ["Sea, sea!", "", "x_1 ... été", "one", "sea sea"]
+
+
 @pytest.mark.parametrize(
-    ("text", "ngrams", "expected"),
+    ("bigrams", "expected"),
     [
-        ("Sea, sea!", 1, ["sea", ",", "sea", "!"]),
-        ("Sea, sea!", 2, ["sea", ",", "sea", "!", "sea ,", ", sea", "sea !"]),
-        ("x_1 ... été", 1, ["x_1", "...", "été"]),
-        ("one", 3, ["one"]),
-        ("", 2, []),
+        (False, [["sea", ",", "sea", "!"], [], ["x_1", "...", "été"], ["one"], ["sea", "sea"]]),
+        (
+            True,
+            [
+                ["sea", ",", "sea", "!", "sea ,", ", sea", "sea !"],
+                [],
+                ["x_1", "...", "été", "x_1 ...", "... été"],
+                ["one"],
+                ["sea", "sea", "sea sea"],
+            ],
+        ),
     ],
 )
-def test_words_and_neighbours(text: str, ngrams: int, expected: list[str]) -> None:
-    found = text_buckets(text, ngrams, Buckets(1000))
-    assert found == [bucket(ngram, 1000) for ngram in expected]
+def test_words_and_neighbours(bigrams: bool, expected: list[list[str]]) -> None:
+    hashes = WordHashes(1000)
+    for _ in range(2):  # hashed, then known
+        found = hashes(TEXTS, bigrams)
+        for row, words in enumerate(expected):
+            assert sorted(found.buckets_k[found.rows_k == row]) == sorted(bucket(word, 1000) for word in words)
 
 
 def test_token_ngrams() -> None:
     ids = np.array([[1, 2, 1, 2], [1, 2, 3, 1]])
-    found = token_buckets(ids, 2, 10**9)
-    assert found.shape == (2, 7)
-    assert found[0, 0] == found[0, 2] == found[1, 0] and found[0, 1] != found[0, 0]
-    assert found[0, 4] == found[0, 6] == found[1, 4] and len({*found[0, 4:6], *found[1, 5:]}) == 4
-    assert np.array_equal(token_buckets(ids.astype(np.uint16), 2, 10**9), found)
+    found = token_ngrams(ids, True, 10**9)
+    first, second = (found.buckets_k[found.rows_k == row] for row in (0, 1))
+    assert len(first) == len(second) == 7
+    assert first[0] == first[2] == second[0] and first[1] != first[0]
+    assert first[4] == first[6] == second[4] and len({*first[4:6], *second[5:]}) == 4
+    assert np.array_equal(token_ngrams(ids.astype(np.uint16), True, 10**9).buckets_k, found.buckets_k)
+    assert np.array_equal(token_ngrams(ids, False, 10**9).buckets_k, found.buckets_k[:8])
 
 
 def test_log_ratios_by_hand() -> None:
