@@ -6,7 +6,7 @@ import math
 from dataclasses import field
 from typing import Literal
 
-from ray_dwm.configuring import frozen, not_negative, positive
+from ray_dwm.configuring import frozen, not_negative, positive, require
 
 MethodName = Literal["none", "random", "dsir", "dsdm"]
 
@@ -40,7 +40,8 @@ class DsdmConfig:
     """Rows of the pool from which the kernel is estimated; a smaller pool is taken whole."""
 
     def __post_init__(self) -> None:
-        positive("selection.dsdm", self, "features", "damping", "kernel_rows")
+        positive("selection.dsdm", self, "features", "damping")
+        require(self.kernel_rows >= 100, f"selection.dsdm.kernel_rows is {self.kernel_rows}: use at least 100")
         square = self.projection == "dense" or math.isqrt(self.features) ** 2 == self.features
         require(square, f"selection.dsdm.features is {self.features}: factored needs a square number, as 4096")
         words = self.projection == "factored" or self.features % 64 == 0

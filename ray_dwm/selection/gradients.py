@@ -107,8 +107,8 @@ def _sides(model: nn.Module, rank: int, seed: int) -> dict[int, tuple[Tensor, Te
 
 def _unknown(model: nn.Module, module: nn.Module) -> DataError:
     return DataError(
-        f"proxy LM {getattr(model, 'name_or_path', '')} has a {type(module).__name__} for which there is no factored "
-        "projection: set selection.dsdm.projection=dense, or name another proxy"
+        f"proxy LM {getattr(model, 'name_or_path', '')} holds matrices in a {type(module).__name__}, for which there "
+        "is no factored projection: set selection.dsdm.projection=dense, or name another proxy"
     )
 
 

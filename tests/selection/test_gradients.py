@@ -112,7 +112,9 @@ def test_matrices_without_a_rule_are_named() -> None:
     """GPT-2's Conv1D holds its matrices the other way round; dense needs no rule."""
     config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     model, (ids, mask) = GPT2LMHeadModel(config).eval().requires_grad_(False), sequences()
-    with pytest.raises(DataError, match=r"has a Conv1D .* set selection.dsdm.projection=dense") as raised:
+    with pytest.raises(
+        DataError, match=r"holds matrices in a Conv1D, .* set selection.dsdm.projection=dense"
+    ) as raised:
         factored(model, ids, mask, K, 0)
     assert "\n" not in str(raised.value)
     assert dense(model, ids, mask, K, 0).shape == (5, K)
@@ -134,5 +136,5 @@ class SharedPositions(nn.Module):
 
 def test_a_module_that_sees_all_sequences_at_once_is_refused() -> None:
     ids, mask = sequences()
-    with pytest.raises(DataError, match="has a Embedding"):
+    with pytest.raises(DataError, match="holds matrices in a Embedding"):
         factored(SharedPositions().requires_grad_(False), ids, mask, K, 0)
