@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ray_dwm.data.shards import open_shards
-from ray_dwm.errors import DataError
+from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.selecting import DsdmConfig
 from ray_dwm.selection import dsdm
 from ray_dwm.selection.choose import highest
@@ -33,6 +33,20 @@ OPTIONS = {"features": 256}
 def spearman(x: NDArray[Any], y: NDArray[Any]) -> float:
     ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": 2048}, "selection.dsdm.features is 2048: factored needs a square number, as 4096"),
+        ({"features": 100, "projection": "dense"}, "selection.dsdm.features is 100: dense needs a multiple of 64"),
+        ({"damping": 0.0}, "selection.dsdm.damping is 0.0: it must be greater than 0"),
+        ({"kernel_rows": 9}, "selection.dsdm.kernel_rows is 9: use at least 100"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DsdmConfig(**options)
 
 
 def test_direction_by_hand() -> None:
