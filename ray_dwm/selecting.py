@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Literal
 
 from ray_dwm.configuring import frozen, not_negative, positive, require
 
-MethodName = Literal["none", "random", "dsir", "classifier", "perplexity", "curriculum", "dwm", "doremi"]
+MethodName = Literal["none", "random", "dsir", "dsdm", "classifier", "perplexity", "curriculum", "dwm", "doremi"]
 Features = Literal["text", "tokens"]
 
 
@@ -24,6 +25,28 @@ class DsirConfig:
 
     def __post_init__(self) -> None:
         positive("selection.dsir", self, "buckets")
+
+
+@frozen
+class DsdmConfig:
+    """Estimated effect on the target loss by projected gradients (Engstrom et al. 2024, arXiv 2401.12926)."""
+
+    projection: Literal["factored", "dense"] = "factored"
+    """Of gradients: both sides of every matrix's, or the whole as published, at many times the cost."""
+    features: int = 4096
+    """Numbers that a gradient is projected to: a square (factored), or a multiple of 64 (dense)."""
+    damping: float = 1.0
+    """What is added to the kernel's diagonal, over the mean of its eigenvalues but for those that must be 0."""
+    kernel_rows: int = 65_536
+    """Rows of the pool from which the kernel is estimated; a smaller pool is taken whole."""
+
+    def __post_init__(self) -> None:
+        positive("selection.dsdm", self, "features", "damping")
+        require(self.kernel_rows >= 100, f"selection.dsdm.kernel_rows is {self.kernel_rows}: use at least 100")
+        square = self.projection == "dense" or math.isqrt(self.features) ** 2 == self.features
+        require(square, f"selection.dsdm.features is {self.features}: factored needs a square number, as 4096")
+        words = self.projection == "factored" or self.features % 64 == 0
+        require(words, f"selection.dsdm.features is {self.features}: dense needs a multiple of 64, as 4096")
 
 
 @frozen
@@ -169,6 +192,7 @@ class SelectionConfig:
     gpus_per_task: float = 0.0
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     dsir: DsirConfig = field(default_factory=DsirConfig)
+    dsdm: DsdmConfig = field(default_factory=DsdmConfig)
     doremi: DoremiConfig = field(default_factory=DoremiConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)

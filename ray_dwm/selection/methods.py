@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ray_dwm.selection import classifier, curriculum, doremi, dsir, dwm, perplexity, random
+from ray_dwm.selection import classifier, curriculum, doremi, dsdm, dsir, dwm, perplexity, random
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, Method, Task
 from ray_dwm.selection.scores import Keyed
@@ -12,6 +12,7 @@ from ray_dwm.selection.scores import Keyed
 METHODS = {
     "random": Method(prepare=random.prepare, choose=highest, targeted=False),
     "dsir": Method(prepare=dsir.prepare, choose=drawn),
+    "dsdm": Method(prepare=dsdm.prepare, choose=highest, proxies=True),
     "classifier": Method(prepare=classifier.prepare, choose=classifier.choose, depends=classifier.depends),
     "perplexity": Method(
         prepare=perplexity.prepare,

@@ -23,7 +23,14 @@ def sweep(name: str, folder: str, function: RowFunction, block: int = 50) -> Ite
         yield function(reader.take(np.arange(start, min(start + block, reader.manifest.rows))))
 
 
-def task(pool: Path, targets: dict[str, Path], seed: int = 0, block: int = 50, **options: Any) -> Task:
+def task(
+    pool: Path,
+    targets: dict[str, Path],
+    seed: int = 0,
+    block: int = 50,
+    proxies: tuple[Path, ...] = (),
+    **options: Any,
+) -> Task:
     """A selection from a pool."""
     return Task(
         options=build(SelectionConfig, options),
@@ -31,4 +38,5 @@ def task(pool: Path, targets: dict[str, Path], seed: int = 0, block: int = 50, *
         pool=load_manifest(pool),
         targets={name: load_manifest(folder) for name, folder in targets.items()},
         sweep=partial(sweep, block=block),
+        proxies=tuple(map(str, proxies)),
     )
