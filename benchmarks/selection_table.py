@@ -4,9 +4,9 @@
     python benchmarks/selection_table.py --seeds 0 --methods random dsir --steps 20   # a quick look
 
 For each seed and method `train` selects as many tokens of the quickstart's pool as it trains on, and trains the
-quickstart's LM on them, with uniform weights (alone) and with a DWM that is learnt meanwhile (+ DWM). Runs and selections
-are kept in the storage: the same command continues. Seconds of a method are what selecting took, proxy LMs included,
-the first time that a seed asked for it.
+quickstart's LM on them, with uniform weights (alone) and with a DWM that is learnt meanwhile (+ DWM). Runs and
+selections are kept in the storage: the same command continues. Seconds of a method are what selecting took, proxy LMs
+included, the first time that a seed asked for it.
 """
 
 from __future__ import annotations
