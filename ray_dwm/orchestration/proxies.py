@@ -94,7 +94,7 @@ def _to_be_trained(config: RunConfig, pool: Manifest, number: int) -> Proxy:
         name=f"proxy-{digest[:12]}",
         storage=str(storage),
         seed=config.seed + number,
-        data=DataConfig(train=str(pool.folder)),
+        data=DataConfig(train=str(pool.folder), order="shuffled"),  # a proxy must not see the easy part alone
         selection=SelectionConfig(),
         lm=lm,
         train=train,
