@@ -110,7 +110,7 @@ def to_be_trained(
         name=f"proxy-{digest[:12]}",
         storage=str(storage),
         seed=seed,
-        data=DataConfig(train=str(pool.folder)),
+        data=DataConfig(train=str(pool.folder), order="shuffled"),  # a proxy must not see the easy part alone
         selection=SelectionConfig(),
         lm=lm,
         train=train,

@@ -34,7 +34,8 @@ def test_names_say_what_a_proxy_is_trained_on_and_how(shards: dict[str, Path], t
     def names(*overrides: str) -> list[str]:
         config = tiny_config(shards, tmp_path, "selection.proxy.count=2", *overrides)
         planned = plan_proxies(config, pool)
-        assert all(proxy.run is not None and proxy.run.weighting.method == "uniform" for proxy in planned)
+        runs = [proxy.run for proxy in planned if proxy.run is not None]
+        assert [(run.weighting.method, run.data.order) for run in runs] == [("uniform", "shuffled")] * 2
         return [proxy.folder.parent.name for proxy in planned]
 
     first = names()

@@ -38,7 +38,7 @@ def settings(shards: dict[str, Path], tmp_path: Path, *overrides: str) -> RunCon
     base = [
         f"data.train={shards['train']}",
         f"storage={tmp_path}",
-        "selection.block_rows=100",
+        "selection.block_tokens=1600",
         "selection.dwm.rounds=3",
     ]
     dwm = [f"selection.dwm.folder={tmp_path / 'dwm'}", "selection.dwm.batch=16", "selection.dwm.rounds=3"]
