@@ -94,8 +94,13 @@ def select(
     from ray_dwm.orchestration.select import select as run
 
     given = {"data.selection": method, "data.train": pool, "selection.budget": budget, "selection.output": output}
-    for number, folder in enumerate(target or []):
-        given[f"data.more_targets.{Path(folder).name}" if number else "data.target"] = folder
+    for place, folder in enumerate(target or []):
+        key = f"data.more_targets.{Path(folder).name}" if place else "data.target"
+        if key in given:
+            raise UserError(
+                f"--target {folder}: another set has the folder name {Path(folder).name}, rename one of them"
+            )
+        given[key] = folder
     given["selection.keep_scores"] = "true" if scores else ""
     options = [f"{key}={value}" for key, value in given.items() if value]
     run(_load(config, [*options, *(overrides or [])]))
@@ -115,7 +120,7 @@ def score(
     from ray_dwm.orchestration.score import score as run
 
     given: dict[str, object] = {"selection.dwm.folder": dwm, "data.train": pool}
-    given |= {f"selection.dwm.{key}": number for key, number in (("rounds", rounds), ("batch", batch)) if number}
+    given |= {f"selection.dwm.{key}": value for key, value in (("rounds", rounds), ("batch", batch)) if value}
     options = [f"{key}={value}" for key, value in given.items()]
     run(_load(config, [*options, *(overrides or [])]), output)
 
