@@ -95,7 +95,7 @@ def driver(cluster: dict[str, str]) -> Any:
 def dsdm_config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
     """Forty sequences by DsDm, with two proxies of seconds."""
     options = ["data.selection=dsdm", "selection.budget=640", f"selection.output={root / 'out'}"]
-    options += ["selection.block_rows=50", "selection.dsdm.features=64", "selection.proxy.count=2"]
+    options += ["selection.block_tokens=800", "selection.dsdm.features=64", "selection.proxy.count=2"]
     return tiny_config(shards, root, *options, "selection.proxy.preset=tiny", "selection.proxy.steps=30", *overrides)
 
 
