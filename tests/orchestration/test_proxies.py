@@ -106,7 +106,7 @@ def test_proxies_are_trained_once_for_all_selections(
     assert load_manifest(folder).domains["good"].rows == 40
     assert "[proxy-" in capsys.readouterr().out
     assert len(list((tmp_path / "proxies").glob("proxy-*/summary.json"))) == 2
-    again = ["selection.proxy.lr=3e-3", "selection.tasks=1", "selection.block_rows=70", "selection.proxy.batch=5"]
+    again = ["selection.proxy.lr=3e-3", "selection.tasks=1", "selection.block_tokens=1120", "selection.proxy.batch=5"]
     other = select(dsdm_config(shards, tmp_path, *again, f"selection.output={tmp_path / 'other'}"))
     assert "[proxy-" not in capsys.readouterr().out
     found = [open_shards(str(path)).sample_ids().tolist() for path in (folder, other)]
