@@ -6,10 +6,11 @@ All ranks write to `step_*.tmp`; rank 0 renames it when the last of them is done
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,14 @@ from torch.utils._pytree import tree_map_only
 from ray_dwm.config import RunConfig
 from ray_dwm.data.plan import Cursor
 from ray_dwm.engine.identity import Identity, difference, foreign, read_identity, write_identity
-from ray_dwm.engine.mesh import is_main
+from ray_dwm.engine.mesh import TIMEOUT_S, is_main, take_device
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage, first_line
 from ray_dwm.engine.state import TrainingState
+from ray_dwm.engine.storage import SIGHT_LIMIT_S, Writer, await_sight, digest, remedy
 from ray_dwm.errors import TrainingError
+
+Found = TypeVar("Found")
 
 
 class Checkpointer:
@@ -36,8 +40,8 @@ class Checkpointer:
         self._folder, self._options = config.run_dir / "checkpoints", config.checkpoint
         self._state, self._identity, self._mesh = state, identity, mesh
         # A group of its own, on the CPU: the writer's collectives run beside those of the step.
-        self._group = dist.new_group(backend="gloo")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_S))
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=take_device)
         self._pending: Future[Path] | None = None
         self._main = is_main()
 
@@ -48,6 +52,7 @@ class Checkpointer:
 
         Raises:
             TrainingError: no space or no permission; the checkpoints that were there are untouched.
+            OSError: the storage fails, as a network file system may for a while.
         """
         assert self._pending is None, "wait for the save before"
         self._require_space()
@@ -72,7 +77,7 @@ class Checkpointer:
         """Wait for the last save, if its end has not been told yet: its folder.
 
         Raises:
-            TrainingError: it could not be written.
+            TrainingError, OSError: it could not be written; see `save`.
         """
         pending, self._pending = self._pending, None
         return None if pending is None else pending.result()
@@ -86,19 +91,21 @@ class Checkpointer:
         temporary = path.with_suffix(".tmp")
         try:
             # On rank 0 it returns when all ranks have written, and the table of contents is there.
-            dcp.save(state, checkpoint_id=temporary, process_group=self._group)
+            dcp.save(state, storage_writer=Writer(temporary), process_group=self._group)
             if self._main:
                 write_identity(temporary, self._identity, self._mesh)
                 shutil.rmtree(path, ignore_errors=True)
                 temporary.rename(path)
                 self._drop_old()
-        except (OSError, CheckpointException) as error:  # a lost rank is another error, which a restart mends
+        except (OSError, CheckpointException) as error:  # a lost rank is another error
             if self._main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise TrainingError(
-                f"the checkpoint of step {step} cannot be written to {self._folder} ({first_line(_cause(error))}): "
-                "free space there and start the same command again; the last checkpoint is intact"
-            ) from None
+            causes = _causes(error)
+            cause = next(filter(remedy, causes), causes[0])
+            told = f"the checkpoint of step {step} cannot be written to {self._folder} ({first_line(cause)})"
+            if todo := remedy(cause):
+                raise TrainingError(f"{told}: {todo}") from None
+            raise OSError(told) from None
         return path
 
     def _drop_old(self) -> None:
@@ -108,14 +115,25 @@ class Checkpointer:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _require_space(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if (told := self._by_main(self._lack)) is not None:
+            raise TrainingError(told)
+
+    def _lack(self) -> str | None:
+        """Why a checkpoint will not fit."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if todo := remedy(error):
+                return f"{self._folder} cannot be made ({error.strerror}): {todo}"
+            raise
         needed = int(1.05 * sum(p.numel() * 4 for p in self._state.lower.parameters) * 3)
         free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise TrainingError(
-                f"{self._folder} has {free / 2**30:.1f} GiB free, a checkpoint takes about {needed / 2**30:.1f} GiB: "
-                "free space there and start the same command again; the last checkpoint is intact"
-            )
+        if free >= needed:
+            return None
+        return (
+            f"{self._folder} has {free / 2**30:.1f} GiB free, a checkpoint takes about {needed / 2**30:.1f} GiB: "
+            "free space there and start the same command again; the last checkpoint is intact"
+        )
 
     def load_latest(self) -> tuple[int, Cursor]:
         """Restore the newest checkpoint that is good: (completed steps, cursor); (0, start) where there is none.
@@ -124,10 +142,11 @@ class Checkpointer:
 
         Raises:
             ConfigError: a checkpoint is of another model, tokenizer, optimizer or weighting.
-            TrainingError: there are checkpoints, but none is good.
+            TrainingError: there are checkpoints, but none is good, or a rank does not see what rank 0 sees.
+            OSError: the storage fails.
         """
         damaged: dict[Path, str] = {}
-        found = self._same(list_checkpoints(self._folder))
+        found = self._by_main(lambda: list_checkpoints(self._folder))
         for path in reversed(found):
             state = self._state.capture(0, Cursor())
             reason = self._load(path, state)
@@ -145,30 +164,41 @@ class Checkpointer:
         return 0, Cursor()
 
     def _load(self, path: Path, state: dict[str, Any]) -> str | None:
-        """Load into `state`, where no rank sees damage: why it is no good, the same on all ranks, or None."""
-        verdict = (difference(path, self._identity), damage(path) or _unnamed(path))
-        others, reasons = zip(*self._gather(verdict), strict=True)
-        if (other := next(filter(None, others), None)) is not None:
+        """Load into `state`, where rank 0 finds no damage: why it is no good, the same on all ranks, or None."""
+        other, reason, expected = self._by_main(
+            lambda: (difference(path, self._identity), damage(path) or _unnamed(path), digest(path))
+        )
+        if other is not None:
             raise foreign(path, other)
-        if (reason := next(filter(None, reasons), None)) is not None:
-            return str(reason)
+        if reason is not None:
+            return reason
+        self._await_sight(path, expected)
         try:
             dcp.load(state, checkpoint_id=path, planner=PlainPlanner(), process_group=self._group)
         except CheckpointException as error:  # raised on all ranks, whichever has met it
-            cause = _cause(error)
+            cause = _causes(error)[0]
             if isinstance(cause, ForeignState):
                 raise foreign(path, str(cause)) from None
+            if isinstance(cause, OSError):
+                raise OSError(f"checkpoint {path} cannot be read ({first_line(cause)})") from None
             return first_line(cause)
         return None
 
-    def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+    def _await_sight(self, path: Path, expected: str) -> None:
+        """Let the other ranks come to see a checkpoint that rank 0 sees: a network file system may lag."""
+        blind: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(blind, None if self._main else await_sight(path, expected), group=self._group)
+        if (who := next(filter(None, blind), None)) is not None:
+            raise TrainingError(
+                f"checkpoint {path} is good on rank 0, and after {SIGHT_LIMIT_S:g} s still not what another one sees "
+                f"({who}): {self._folder} must lie on storage that all nodes share"
+            )
 
-    def _same(self, paths: list[Path]) -> list[Path]:
-        """What rank 0 has seen: the others may see a folder later."""
-        return list(self._gather(paths)[0])
+    def _by_main(self, find: Callable[[], Found]) -> Found:
+        """What rank 0 finds in the folder, on all ranks."""
+        found = [find() if self._main else None]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        return cast(Found, found[0])
 
     def _tidy(self, damaged: Mapping[Path, str], step: int) -> None:
         """Once something good is loaded: put the damaged aside, drop what killed attempts left half written."""
@@ -221,9 +251,9 @@ def _unnamed(checkpoint: Path) -> str | None:
     return None if read_identity(checkpoint) else "identity.json is missing or cannot be read"
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first of the ranks that failed."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+def _causes(error: BaseException) -> list[BaseException]:
+    """What went wrong on the ranks that failed, the first one first."""
+    return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -64,24 +65,24 @@ class Trainer:
         """Train from the newest checkpoint to the last step; returns the last figures.
 
         Raises:
-            Stopped: a rank was asked to end; the checkpoint of the last step is whole.
+            Stopped: a rank was asked to end; the checkpoint of the last step, if one was taken, is whole.
         """
-        step, cursor = self._checkpointer.load_latest()
-        self._recorder = Recorder(self._parts, self._clock, self._upper, step)
-        exit_code = 1
-        try:
-            with on_sigterm(self._terminated.set):
-                figures = self._steps(step, cursor)
-            exit_code = 0
-            return figures
-        finally:
-            self._profiler.close()
-            self._checkpointer.close()
-            self._recorder.close(exit_code)
+        self._recorder = Recorder(self._parts, self._clock, self._upper)
+        with ExitStack() as ending:  # all of them end, also where one of them fails to
+            ending.push(self._recorder.end)
+            ending.callback(self._checkpointer.close)
+            ending.callback(self._profiler.close)
+            step, cursor = self._checkpointer.load_latest()
+            self._recorder.open(step)
+            ending.enter_context(on_sigterm(self._terminated.set))
+            return self._steps(step, cursor)
 
     def _steps(self, step: int, cursor: Cursor) -> dict[str, float]:
         config, last = self._config, self._config.train.steps
         figures: dict[str, float] = {}
+        stop = torch.tensor(float(self._asked_to_stop()), device=self._parts.device)
+        if step < last and all_sum(stop) > 0:
+            raise Stopped(f"[{config.name}] stopped at step {step}, before the next: the same command continues")
         if step == 0:
             figures = self._recorder.log({"step": 0, "tokens": 0, **self.evaluate(config.train.eval_sequences)})
         batches = map(self._batch, self._parts.source.stream(cursor.batches, last))
@@ -115,13 +116,16 @@ class Trainer:
 
     def _agree(self, result: StepResult) -> _Agreed:
         """One sum over the ranks for all that they have to tell each other at the end of a step."""
-        stop = self._terminated.is_set() or self._parts.should_stop()
+        stop = self._asked_to_stop()
         look = self._main and self._parts.preempted is not None and time.monotonic() >= self._next_look
         if look:
             self._next_look = time.monotonic() + NOTICE_INTERVAL_S
         flags = torch.tensor([self._checkpointer.writing, stop, look], dtype=torch.float64, device=self._parts.device)
         loss, *told = all_sum(torch.cat([result.losses_b.double().sum()[None], flags])).tolist()
         return _Agreed(loss, *(number > 0 for number in told))
+
+    def _asked_to_stop(self) -> bool:
+        return self._terminated.is_set() or self._parts.should_stop()
 
     def _preempted(self) -> bool:
         return self._parts.preempted is not None and self._parts.preempted()

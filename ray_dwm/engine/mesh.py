@@ -20,6 +20,8 @@ from ray_dwm.errors import ConfigError
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Of the process group; on a GPU, what a checkpoint or an offloaded optimizer holds in the host's memory needs gloo."""
+TIMEOUT_S = 600.0
+"""For which a rank waits for the others in a collective of any process group, before the run is taken for hung."""
 
 
 def device() -> torch.device:
@@ -29,7 +31,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_mesh(shard: int = 0, timeout_s: float = 600.0) -> DeviceMesh:
+def take_device() -> None:
+    """Make this process's GPU, where it has one, that of the calling thread: every new thread starts at GPU 0."""
+    if (own := device()).type == "cuda":
+        torch.cuda.set_device(own)
+
+
+def init_mesh(shard: int = 0, timeout_s: float = TIMEOUT_S) -> DeviceMesh:
     """The data-parallel mesh; joins the process group of torchrun or Ray, or makes one of a single process.
 
     Args:
@@ -48,8 +56,7 @@ def init_mesh(shard: int = 0, timeout_s: float = 600.0) -> DeviceMesh:
             dist.init_process_group(BACKENDS[kind], timeout=timeout)
         else:
             dist.init_process_group(BACKENDS[kind], rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
-    if kind == "cuda":
-        torch.cuda.set_device(device())
+    take_device()
     world = dist.get_world_size()
     if shard == 0 or shard == world:
         return init_device_mesh(kind, (world,), mesh_dim_names=("dp_shard",))

@@ -8,7 +8,7 @@ MESSAGES = "messages.log"
 
 
 def say(run_dir: Path, text: str) -> None:
-    """One line, by rank 0; the file is for those who do not see a worker's output, as on Ray."""
+    """One line, by one rank; the file is for those who do not see a worker's output, as on Ray."""
     line = f"[{run_dir.name}] {text}"
     print(line, flush=True)
     with (run_dir / MESSAGES).open("a") as stream:

@@ -25,6 +25,11 @@ _DEAR = {
 }
 """What `selective` keeps: the products and the attention, most of a block's time and a third of its memory."""
 
+_VARIANTS = 64
+"""Compilations that a piece of code may have. What is compiled for the first shape as it is, then for all shapes, is
+that once for one sequence and for several, for whole chunks and the last one, with gradients and without: more than
+Dynamo's own limit of 8, beyond which `fullgraph` is an error."""
+
 
 def parallelize(model: Lm, mesh: DeviceMesh, precision: str, config: ParallelConfig) -> Lm:
     """Activation checkpointing, torch.compile and FSDP2, in this order, for every block; then FSDP2 for the rest.
@@ -40,6 +45,7 @@ def parallelize(model: Lm, mesh: DeviceMesh, precision: str, config: ParallelCon
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(again)
     if config.compile:
+        torch._dynamo.config.recompile_limit = _VARIANTS
         for block in blocks:
             block.compile(fullgraph=True)
         model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True)

@@ -47,7 +47,7 @@ class Parts:
     on_version: Callable[[int], None] | None = None
     """Called on all ranks at the points of the trajectory, after so many steps."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked at every step on every rank: where one says yes, all save a checkpoint and end, as after a SIGTERM."""
+    """Asked before the first step and after each on every rank: where one says yes, all end, as after a SIGTERM."""
     preempted: Callable[[], bool] | None = None
     """Asked from time to time on all ranks together, which get the same answer: yes saves a checkpoint at once."""
 

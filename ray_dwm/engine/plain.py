@@ -37,7 +37,11 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be what was written: its table of contents, or a file that is missing or too short."""
+    """Why a checkpoint cannot be what was written: its table of contents, or a file that is missing or too short.
+
+    Raises:
+        OSError: the storage fails, which says nothing about the checkpoint.
+    """
     try:
         with (checkpoint / ".metadata").open("rb") as stream:
             metadata = _PlainUnpickler(stream).load()
@@ -50,6 +54,8 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {size} of {end} bytes"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError:
+        raise
     except Exception as error:  # a garbled pickle can raise anything
         return f".metadata cannot be read: {first_line(error)}"
     return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from types import TracebackType
+
 import torch
 import torch.distributed as dist
 
@@ -23,8 +26,8 @@ from ray_dwm.errors import TrainingError
 class Recorder:
     """The figures of one attempt. All ranks make them together, rank 0 writes them down."""
 
-    def __init__(self, parts: Parts, clock: Clock, upper: UpperLevel | None, step: int) -> None:
-        """Continue after `step` steps: what was written down after it goes."""
+    def __init__(self, parts: Parts, clock: Clock, upper: UpperLevel | None) -> None:
+        """Takes charge of the sinks: `end` closes them, whether `open` was reached or not."""
         self._parts, self._config, self._clock, self._upper = parts, parts.config, clock, upper
         self._weighting = parts.weighting
         self._gpu = recognise(torch.cuda.get_device_name()) if parts.device.type == "cuda" else None
@@ -32,13 +35,16 @@ class Recorder:
         self._alarmed = False
         self.held_up = Stopwatch()
         """How long checkpoints have held up training since the last line."""
-        self._sinks: list[MetricSink] = []
+        self._sinks: list[MetricSink] = list(parts.sinks) if self._main else []
+
+    def open(self, step: int) -> None:
+        """Continue after `step` steps: what was written down after it goes."""
         if not self._main:
             return
         run_dir = self._config.run_dir
-        self._sinks = [JsonlSink(run_dir / "metrics.jsonl", step), *parts.sinks]
+        self._sinks.insert(0, JsonlSink(run_dir / "metrics.jsonl", step))
         if self._weighting is not None:
-            self._weights_log = WeightsWriter(run_dir / "weights", parts.domains, step)
+            self._weights_log = WeightsWriter(run_dir / "weights", self._parts.domains, step)
         lines = read_metrics(run_dir / "metrics.jsonl")
         self._time_s = lines[-1]["time_s"] if lines else 0.0
 
@@ -47,10 +53,12 @@ class Recorder:
         if self._main and self._weighting is not None:
             self._weights_log.flush(step)
 
-    def close(self, exit_code: int) -> None:
-        """The run has ended."""
-        for sink in self._sinks:
-            sink.close(exit_code)
+    def end(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """The run has ended, with an error or without: close the sinks, also where one fails to."""
+        del error, trace
+        with ExitStack() as ending:
+            for sink in self._sinks:
+                ending.callback(sink.close, 0 if kind is None else 1)
 
     def log(self, figures: dict[str, float]) -> dict[str, float]:
         """Hand a step's figures to the sinks; `time_s` is training time, without evaluation and checkpoints."""

@@ -71,6 +71,7 @@ def claim(config: RunConfig) -> Iterator[None]:
         write_whole(config.run_dir / _DATA, json.dumps(data_digests(config), indent=2) + "\n")
         failure_path(config).unlink(missing_ok=True)
         stop_path(config).unlink(missing_ok=True)
+        running_path(config).unlink(missing_ok=True)
         yield
 
 
@@ -121,6 +122,11 @@ def failure_path(config: RunConfig) -> Path:
 def stop_path(config: RunConfig) -> Path:
     """A file by which the driver asks the workers to save a checkpoint and end."""
     return config.run_dir / "stop"
+
+
+def running_path(config: RunConfig) -> Path:
+    """A file that is there while workers run, and so can do what `stop_path` asks for."""
+    return config.run_dir / "running"
 
 
 def record_failure(config: RunConfig, error: DwmError) -> None:

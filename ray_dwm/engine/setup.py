@@ -18,6 +18,7 @@ from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.identity import difference, foreign, run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
+from ray_dwm.engine.materialize import materialize, without_values
 from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.parallelize import parallelize
@@ -29,7 +30,7 @@ from ray_dwm.engine.weighting import Weighting
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.models.dwm import DwmShape, build_dwm, dwm_shape
 from ray_dwm.models.hf import load_dwm
-from ray_dwm.models.lm import build_lm, flops_per_token, lm_config, lm_shape
+from ray_dwm.models.lm import Lm, flops_per_token, lm_config, lm_shape
 
 
 def check_data(config: RunConfig) -> Manifest:
@@ -176,8 +177,10 @@ def build(
         eos_token_id=train.eos_token_id,
         attention=config.lm.attention,
     )
-    model = build_lm(llama, config.seed, config.parallel.loss_chunk)
-    lower = LowerLevel(parallelize(model, mesh, config.train.precision, config.parallel), mesh, config.train)
+    model, fillings = without_values(lambda: Lm(llama, config.parallel.loss_chunk))
+    parallelize(model, mesh, config.train.precision, config.parallel)
+    materialize(model, fillings, config.seed, torch.device("cpu") if config.parallel.cpu_offload else place)
+    lower = LowerLevel(model, mesh, config.train)
     targets = {name: open_shards(folder) for name, folder in target_sets(config).items()}
     weighting: Weighting | None = None
     if config.weighting.method == "dwm" and config.dwm.mode != "learn":

@@ -39,9 +39,10 @@ class Weigher:
         self._config, self._service = config, service
         self.schedule = schedule(config)
         self._model = model.to(device).eval()
-        # State of every version from the applied one to the newest: what a checkpoint must hold.
+        # State of every version from the one that the last step used to the newest: what a checkpoint must hold.
         self._versions: dict[int, State] = {0: start}
         self._step = 0
+        self._applied = 0
         self._now: _Ahead | None = None
         self._ahead: _Ahead | None = None
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
@@ -56,15 +57,14 @@ class Weigher:
 
     @property
     def slots(self) -> int:
-        """The most versions that can be in flight at once, the applied one included."""
+        """The most versions that can be in flight at once, the one in use included."""
         return self.schedule.delay_steps // self.schedule.closest + 2
 
     def advance(self, step: int) -> None:
         """Swap in the version that LM step `step` uses, waiting for it if it is late."""
         self._step = step
         self._now, self._ahead = self._ahead, None
-        if self._now is None:
-            self._swap(step)
+        self._swap(step)
         self._metrics = self._version_metrics()
 
     def prepare(self, input_ids_bT: Tensor, upcoming_bT: Tensor) -> None:
@@ -87,26 +87,26 @@ class Weigher:
             self._ahead = _Ahead(*self._weigh(self._step + 1, upcoming_bT, None))
 
     def _swap(self, step: int) -> None:
+        """Apply the version of LM step `step`; that of the step in progress is kept, however far ahead that is."""
         version = self.schedule.version(step)
-        if version in self._versions and min(self._versions) == version:
-            return
-        self._collect(version)
-        for old in [v for v in self._versions if v < version]:
+        if version != self._applied:
+            self._collect(version)
+            self._apply(version)
+        for old in [v for v in self._versions if v < self.version]:
             del self._versions[old]
-        self._apply(version)
 
     def _collect(self, newest: int) -> None:
         for version in range(max(self._versions) + 1, newest + 1):
             self._versions[version] = self._service.fetch(version)
 
     def _apply(self, version: int) -> None:
-        phi = {k.removeprefix("phi."): v for k, v in self._versions[version].items() if k.startswith("phi.")}
-        self._model.load_state_dict(phi)
+        self._model.load_state_dict(_parameters(self._versions[version]))
+        self._applied = version
 
     @property
     def version(self) -> int:
-        """The applied version."""
-        return min(self._versions)
+        """The version that the last LM step used; with `dwm.look_ahead` the next one may be applied already."""
+        return self.schedule.version(self._step)
 
     @property
     def shape(self) -> DwmShape:
@@ -114,8 +114,8 @@ class Weigher:
         return self._model.shape
 
     def parameters(self) -> State:
-        """The applied version's parameters, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self._model.state_dict().items()}
+        """Parameters of `version`, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in _parameters(self._versions[self.version]).items()}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -183,9 +183,14 @@ class Weigher:
             part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             self._versions[int(part["counters"][0])] = part
         self._service.restore(self._versions[self.schedule.updates_before(step)])
-        version = self.schedule.version(step)
-        self._versions = {v: s for v, s in self._versions.items() if v >= version}
-        self._apply(version)
+        self._step = max(0, step - 1)
+        self._apply(self.schedule.version(step))
+        self._versions = {v: s for v, s in self._versions.items() if v >= self.version}
+
+
+def _parameters(state: State) -> State:
+    """The DWM's parameters in the learner's state."""
+    return {key.removeprefix("phi."): value for key, value in state.items() if key.startswith("phi.")}
 
 
 def batch_scores(model: DataWeightingModel, input_ids_bT: Tensor, statistics_bS: Tensor | None, size: int) -> Tensor:

@@ -151,7 +151,7 @@ class Lm(LlamaForCausalLM):
 
 
 def build_lm(config: LlamaConfig, seed: int, loss_chunk: int = 0) -> Lm:
-    """A freshly initialised LM in fp32; the same seed gives the same weights on every rank and device."""
+    """A freshly initialised LM in fp32, whole and on the host: what `engine.materialize` gives the parts of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = Lm(config, loss_chunk)

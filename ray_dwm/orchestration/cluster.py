@@ -93,6 +93,11 @@ def worker_bundle(config: RunConfig) -> dict[str, float]:
     return {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
 
 
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """Environment variables of one worker, from its start: without a GPU of its own it must not take its node's."""
+    return {} if config.cluster.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def alive_nodes() -> list[dict[str, Any]]:
     """Ray's records of the nodes."""
     return [node for node in ray.nodes() if node["Alive"]]

@@ -181,11 +181,9 @@ def group_environments(places: Sequence[tuple[str, str, list[str], int]]) -> lis
     for rank, (node, _, gpus, _) in enumerate(places):
         there = [place for place in places if place[0] == node]
         local = sum(place[0] == node for place in places[:rank])
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
-        if gpus:
-            visible = list(dict.fromkeys(gpu for place in there for gpu in place[2]))
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
-            environment["LOCAL_RANK"] = str(visible.index(gpus[0]))
+        visible = list(dict.fromkeys(gpu for place in there for gpu in place[2]))
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(visible.index(gpus[0]) if gpus else local)}
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
         environments.append(environment)
     return environments
 

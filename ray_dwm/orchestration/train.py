@@ -20,7 +20,7 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.engine.export import export_dwm, export_lm
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.mesh import BACKENDS, init_mesh
+from ray_dwm.engine.mesh import BACKENDS, TIMEOUT_S, init_mesh, is_main
 from ray_dwm.engine.rundir import (
     check,
     claim,
@@ -28,13 +28,14 @@ from ray_dwm.engine.rundir import (
     raise_failure,
     read_summary,
     record_failure,
+    running_path,
     stop_path,
 )
 from ray_dwm.engine.setup import build as build_parts
 from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import DwmError, Stopped, TrainingError
-from ray_dwm.orchestration.cluster import NAMESPACE, connect, preflight
+from ray_dwm.orchestration.cluster import NAMESPACE, connect, preflight, worker_environment
 from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name, create_actor
 from ray_dwm.orchestration.ingest import RayDataSource
 from ray_dwm.orchestration.prepare import prepare_sets
@@ -79,9 +80,12 @@ def train(config: RunConfig) -> dict[str, Any]:
 def _fit(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     actor = create_actor(config, build_learner(config, manifest)) if config.learns_dwm else None
     try:
-        # A stopped job, a deleted pod: the workers cannot take the signal, so they are asked by a file.
-        with Progress(config), on_sigterm(stop_path(config).touch):
+        with on_sigterm(lambda: _ask_to_stop(config)), Progress(config):
             _trainer(config).fit()
+    except KeyboardInterrupt:
+        if not stop_path(config).exists():
+            raise
+        raise Stopped(f"[{config.name}] stopped while no worker ran: the same command continues") from None
     except ray.train.TrainingFailedError as error:
         raise_failure(config)
         raise TrainingError(_reason(config, error)) from None
@@ -95,6 +99,19 @@ def _fit(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     return summary
 
 
+def _ask_to_stop(config: RunConfig) -> None:
+    """A stopped job, a deleted pod: the workers cannot take the signal, so they are asked by a file.
+
+    Where none of them runs, as while resources are waited for, nobody would answer.
+
+    Raises:
+        KeyboardInterrupt: then, because Ray lets no other exception out of its waiting.
+    """
+    stop_path(config).touch()
+    if not running_path(config).exists():
+        raise KeyboardInterrupt
+
+
 def _trainer(config: RunConfig) -> TorchTrainer:
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker}
@@ -103,7 +120,9 @@ def _trainer(config: RunConfig) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
         train_loop_config={"config": to_dict(config)},
-        torch_config=TorchConfig(backend=BACKENDS["cuda" if cluster.gpus_per_worker else "cpu"]),
+        torch_config=TorchConfig(
+            backend=BACKENDS["cuda" if cluster.gpus_per_worker else "cpu"], timeout_s=int(TIMEOUT_S)
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers if cluster.elastic else cluster.most_workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -114,6 +133,7 @@ def _trainer(config: RunConfig) -> TorchTrainer:
             name=config.name,
             storage_path=str(config.run_dir.parent),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": worker_environment(config)},
         ),
     )
 
@@ -123,6 +143,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     config: RunConfig = build(RunConfig, loop_config["config"])
     if failure_path(config).exists():
         return  # an earlier attempt found that restarting does not help; the driver reports it
+    if is_main():
+        running_path(config).touch()
     try:
         _run(config)
     except Stopped as stopped:
@@ -130,6 +152,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     except DwmError as error:
         record_failure(config, error)
         raise
+    finally:
+        if is_main():
+            running_path(config).unlink(missing_ok=True)
 
 
 def _run(config: RunConfig) -> None:

@@ -7,7 +7,9 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import take_share
 from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.setup import build
 from ray_dwm.errors import ConfigError, TrainingError
 from ray_dwm.models.lm import flops_per_token
@@ -122,6 +125,57 @@ def test_a_profiled_run_leaves_a_trace_of_the_steps_asked_for(shards: dict[str, 
 def test_a_trace_of_steps_that_never_come_is_refused(shards: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.profile_first is 10, but the run has 6 steps"):
         tiny_config(shards, tmp_path, "train.profile=true")
+
+
+class Closing:
+    """A sink that remembers how it was closed, and may fail to."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+        self.exit_codes: list[int] = []
+
+    def log(self, metrics: Any) -> None:
+        """See MetricSink."""
+
+    def close(self, exit_code: int) -> None:
+        """See MetricSink."""
+        self.exit_codes.append(exit_code)
+        if self.fails:
+            raise OSError("a sink that cannot be closed")
+
+
+def spoil_nothing(trainer: Trainer, config: RunConfig) -> None:
+    """All is well, but for the first sink."""
+
+
+def spoil_profile(trainer: Trainer, config: RunConfig) -> None:
+    """The trace cannot be written."""
+    (config.run_dir / "profile").touch()
+
+
+def spoil_metrics(trainer: Trainer, config: RunConfig) -> None:
+    """metrics.jsonl cannot be opened."""
+    (config.run_dir / "metrics.jsonl").mkdir()
+
+
+def ended(config: RunConfig, spoil: Callable[[Trainer, RunConfig], None]) -> tuple[list[list[int]], bool]:
+    """How two sinks were closed, and whether the checkpoints' writer was."""
+    config.run_dir.mkdir(parents=True)
+    sinks = [Closing(fails=True), Closing(fails=False)]
+    trainer = Trainer(build(config, sinks=list[MetricSink](sinks)))
+    spoil(trainer, config)
+    with pytest.raises(OSError):
+        trainer.fit()
+    return [sink.exit_codes for sink in sinks], trainer._checkpointer._writer._shutdown
+
+
+@pytest.mark.parametrize(("spoil", "code"), [(spoil_nothing, 0), (spoil_profile, 1), (spoil_metrics, 1)])
+def test_where_one_end_fails_the_others_still_come(
+    shards: dict[str, Path], tmp_path: Path, spoil: Any, code: int
+) -> None:
+    options = ("train.profile=true", "train.profile_first=1", "train.profile_steps=5", "weighting.method=uniform")
+    config = tiny_config(shards, tmp_path, "train.steps=3", *options)
+    assert run(1, tmp_path / "p", ended, config, spoil) == ([[code], [code]], True)
 
 
 def without_tokens(config: RunConfig) -> str:

@@ -108,6 +108,22 @@ def test_sigterm_to_one_process_saves_and_ends_all_and_leaves_no_trace(
     assert lines_of(config) == lines_of(whole)
 
 
+def told_before(config: RunConfig, victim: int) -> str:
+    """A run that a rank is asked to end before its first step."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(Stopped) as raised:
+        Trainer(build(config, should_stop=lambda: dist.get_rank() == victim)).fit()
+    return str(raised.value)
+
+
+def test_a_run_that_is_stopped_before_its_first_step_takes_none(shards: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_config(shards, tmp_path, "cluster.workers=2", "weighting.method=uniform")
+    message = run(2, tmp_path / "p", told_before, config, 0)
+    assert message == f"[{config.name}] stopped at step 0, before the next: the same command continues"
+    assert (config.run_dir / "metrics.jsonl").read_text() == ""
+    assert list_checkpoints(config.run_dir / "checkpoints") == []
+
+
 def warned(config: RunConfig, interval: float, at: int) -> list[tuple[int, bool]]:
     """Checkpoints that were told, in a run that is warned at the look number `at`."""
     config.run_dir.mkdir(parents=True, exist_ok=True)

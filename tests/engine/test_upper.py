@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,37 @@ def test_a_trajectory_is_replayed_by_fraction_of_training(
     for step, entry in ((6, entries[1]), (15, entries[3])):
         expected = expected_weights(config, trajectory / entry["folder"], step)
         torch.testing.assert_close(weights[step], expected, rtol=1e-4, atol=1e-4)
+
+
+def exported_at_the_end(config: RunConfig) -> None:
+    """As a worker ends: what a kill after the last checkpoint has prevented is done again."""
+    parts = build(config)
+    Trainer(parts).fit()
+    export_dwm(parts, check_data(config), config.train.steps)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("options", [["bilevel.every=1"], ["bilevel.every=3", "dwm.delay_steps=2"]])
+def test_a_trajectory_holds_what_weighed_the_step_of_each_point(
+    shards: dict[str, Path], tmp_path: Path, options: list[str], ahead: bool
+) -> None:
+    base = ["train.steps=8", "dwm.trajectory_points=4", "dwm.lr=0.03", f"dwm.look_ahead={ahead}", *options]
+    config = tiny_config(shards, tmp_path, *base)
+    used = [int(line["dwm/version"]) for line in run(1, tmp_path / "p", fitted, config)["lines"][1:]]
+    folder, weights = config.run_dir / "dwm", applied(config)
+    entries = json.loads((folder / "trajectory.json").read_text())["versions"]
+    points = sorted({used[step] for step in (1, 3, 5, 7)})
+    assert [(e["folder"], e["fraction"] * 8) for e in entries] == [(f"v{v:06d}", used.index(v)) for v in points]
+    for entry in entries:
+        step = round(entry["fraction"] * 8)
+        expected = expected_weights(config, folder / entry["folder"], step)
+        torch.testing.assert_close(weights[step], expected, rtol=1e-4, atol=1e-4)
+    newest = folder / entries[-1]["folder"]
+    before = {file.name: file.read_bytes() for file in newest.iterdir()}
+    shutil.rmtree(newest)
+    run(1, tmp_path / "q", exported_at_the_end, config)
+    assert {file.name: file.read_bytes() for file in newest.iterdir()} == before
+    assert json.loads((folder / "trajectory.json").read_text())["versions"] == entries
 
 
 def test_learning_goes_on_from_a_given_dwm(shards: dict[str, Path], tmp_path: Path, taught: RunConfig) -> None:

@@ -37,6 +37,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "PATH": f"{RAY.parent}:{os.environ['PATH']}",
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon it sees that workers have ended, or died
     }
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)

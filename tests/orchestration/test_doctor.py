@@ -246,7 +246,7 @@ def test_ranks_are_told_of_each_other() -> None:
     assert [t["LOCAL_RANK"] for t in told] == ["0", "1", "0"]
     on_cpus = doctor_probes.group_environments([("n1", "10.0.0.1", [], 7000), ("n1", "10.0.0.1", [], 7001)])
     assert [t["LOCAL_RANK"] for t in on_cpus] == ["0", "1"]
-    assert "CUDA_VISIBLE_DEVICES" not in on_cpus[0]
+    assert on_cpus[0]["CUDA_VISIBLE_DEVICES"] == "", "as the run's workers, they must not take a GPU of their node"
 
 
 def test_what_a_node_says_of_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,9 @@ def losses(config: RunConfig) -> list[float]:
 
 def test_a_lost_node_leaves_the_run_to_the_other(shards: dict[str, Path], two_nodes: Cluster, tmp_path: Path) -> None:
     config = tiny_config(shards, tmp_path, *OPTIONS, "name=shrinks")
-    console = Console({**os.environ, "RAY_ADDRESS": two_nodes.address}, tmp_path)
+    # Ray Train plans with a lost node for up to 20 s, and each time waits so long for a place on it.
+    waiting = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    console = Console({**os.environ, **waiting, "RAY_ADDRESS": two_nodes.address}, tmp_path)
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
     wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")

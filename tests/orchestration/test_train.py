@@ -27,6 +27,15 @@ TIMES += ("time_s", "dwm/overhead_frac")
 OPTIONS = ("cluster.workers=2", "train.steps=60", "train.eval_every=20", "checkpoint.every=10", "train.micro_batch=4")
 OPTIONS += ("dwm.lr=1e-2", "bilevel.kl=0.3")
 
+HOLD = """
+import time, ray
+ray.init(log_to_driver=False)
+group = ray.util.placement_group([{"CPU": 7}])
+assert group.wait(60)
+print("held", flush=True)
+time.sleep(120)
+"""
+
 
 def figures(config: RunConfig) -> list[dict[str, float]]:
     """metrics.jsonl without what the clock decides."""
@@ -142,6 +151,25 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
     console.finish(config, console.start(config))
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
+
+
+def test_sigterm_while_workers_are_waited_for_ends_the_command(
+    shards: dict[str, Path], console: Console, tmp_path: Path
+) -> None:
+    config = tiny_config(shards, tmp_path, *OPTIONS, "name=waits")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], env=console.environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and "held" in holder.stdout.readline()
+        process = console.start(config)
+        wait_for(lambda: "starting 2 workers" in console.output(config), 60, "the wait for workers")
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        holder.kill()
+        holder.wait()
+    last = console.finish(config, process, code=1).splitlines()[-1]
+    assert last == "error: [waits] stopped while no worker ran: the same command continues"
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

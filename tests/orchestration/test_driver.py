@@ -1,0 +1,80 @@
+"""The driver's side of a run, without a cluster: what it asks of Ray Train, and what a SIGTERM makes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from synthetic import tiny_config
+
+from ray_dwm.config import RunConfig
+from ray_dwm.engine.mesh import TIMEOUT_S
+from ray_dwm.engine.rundir import record_failure, running_path, stop_path
+from ray_dwm.engine.setup import check_data
+from ray_dwm.errors import Stopped, TrainingError
+from ray_dwm.orchestration import train
+
+
+@pytest.mark.parametrize(("gpus", "environment"), [(0, {"CUDA_VISIBLE_DEVICES": ""}), (1, {}), (0.5, {})])
+def test_workers_see_no_gpu_that_they_did_not_ask_for(
+    shards: dict[str, Path], tmp_path: Path, gpus: float, environment: dict[str, str]
+) -> None:
+    trainer = train._trainer(tiny_config(shards, tmp_path, f"cluster.gpus_per_worker={gpus}"))
+    assert trainer.run_config.worker_runtime_env == {"env_vars": environment}
+    assert trainer.backend_config.timeout_s == TIMEOUT_S
+
+
+class Signalled:
+    """In place of a TorchTrainer: the driver gets a SIGTERM while it waits."""
+
+    def __init__(self, config: RunConfig, workers_run: bool) -> None:
+        self.config, self.workers_run = config, workers_run
+
+    def fit(self) -> None:
+        """Where workers run, they see the request and end the run."""
+        if self.workers_run:
+            running_path(self.config).touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [])  # Python runs the handler here
+        assert self.workers_run and stop_path(self.config).exists()
+        record_failure(self.config, Stopped("a worker's word"))
+
+
+class Interrupted:
+    """In place of a TorchTrainer: Ctrl-C."""
+
+    def __init__(self, config: RunConfig, workers_run: bool) -> None:
+        """Takes nothing from them."""
+
+    def fit(self) -> None:
+        """See TorchTrainer."""
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("trainer", "workers_run", "kind", "told"),
+    [
+        (Signalled, True, TrainingError, "a worker's word"),
+        (Signalled, False, Stopped, "stopped while no worker ran: the same command continues"),
+        (Interrupted, False, KeyboardInterrupt, None),
+    ],
+)
+def test_a_sigterm_is_answered_whether_workers_run_or_not(
+    shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: Callable[[RunConfig, bool], Signalled],
+    workers_run: bool,
+    kind: type[BaseException],
+    told: str | None,
+) -> None:
+    config = tiny_config(shards, tmp_path, "weighting.method=uniform")
+    config.run_dir.mkdir(parents=True)
+    monkeypatch.setattr(train, "_trainer", lambda config: trainer(config, workers_run))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(kind, match=told):
+        train._fit(config, check_data(config))
+    assert signal.getsignal(signal.SIGTERM) == before
