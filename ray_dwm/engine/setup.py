@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -164,6 +164,8 @@ def build(
     on_version: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     preempted: Callable[[], bool] | None = None,
+    until: int = 0,
+    figures: Mapping[int, Mapping[str, float]] | None = None,
 ) -> Parts:
     """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
     train = check_data(config)
@@ -212,4 +214,6 @@ def build(
         on_version=on_version,
         should_stop=should_stop,
         preempted=preempted,
+        until=until,
+        figures=figures or {},
     )

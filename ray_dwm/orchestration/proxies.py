@@ -15,6 +15,7 @@ from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
 from ray_dwm.evaluation.perplexity import lm_folder
 from ray_dwm.models.lm import lm_shape
+from ray_dwm.orchestration.run import run as train
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.proxy import check_proxy
@@ -130,8 +131,6 @@ def _check(number: int, *, folders: tuple[str, ...], pool: str, batch: int) -> N
 
 
 def _train(run: RunConfig) -> None:
-    from ray_dwm.orchestration.train import train  # which can select a part of its data, and so imports this
-
     try:
         train(run)
     except TrainingError as error:
