@@ -21,6 +21,7 @@ from ray_dwm.engine.export import export_dwm, export_lm
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import BACKENDS, TIMEOUT_S, init_mesh, is_main
 from ray_dwm.engine.parts import Parts
+from ray_dwm.engine.probe import newest_step
 from ray_dwm.engine.rundir import failure_path, raise_failure, read_summary, record_failure, running_path, stop_path
 from ray_dwm.engine.setup import build as build_parts
 from ray_dwm.engine.setup import build_learner, read_plan
@@ -32,28 +33,25 @@ from ray_dwm.orchestration.ingest import RayDataSource
 from ray_dwm.orchestration.progress import Progress
 from ray_dwm.orchestration.tracking import sinks
 
+Figures = Mapping[int, Mapping[str, float]]
+"""Step -> what its line of metrics.jsonl says besides."""
 
-def fit(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+
+def fit(config: RunConfig, manifest: Manifest, figures: Figures | None = None) -> dict[str, Any]:
     """Train a run whose folder is claimed to its end; returns summary.json's content.
 
     Raises:
         TrainingError: it failed, or was stopped by a SIGTERM; the last checkpoint is intact.
     """
-    fit_until(config, manifest)
+    fit_until(config, manifest, config.train.steps, figures or {})
     summary = read_summary(config)
     if summary is None:
         raise TrainingError(f"[{config.name}] ended without a summary: look into the workers' logs of Ray Train")
     return summary
 
 
-def fit_until(
-    config: RunConfig, manifest: Manifest, until: int = 0, figures: Mapping[int, Mapping[str, float]] | None = None
-) -> None:
-    """Train up to a step, and save a checkpoint there; all that is done at a run's end is left to the last part.
-
-    Args:
-        until: 0 for the run's last step.
-        figures: step -> what its line of metrics.jsonl says besides.
+def fit_until(config: RunConfig, manifest: Manifest, until: int, figures: Figures) -> None:
+    """Train up to a step, and save a checkpoint there; what is done at a run's end is left to its last step.
 
     Raises:
         TrainingError: it failed, or was stopped by a SIGTERM; the last checkpoint is intact.
@@ -61,7 +59,7 @@ def fit_until(
     actor = create_actor(config, build_learner(config, manifest)) if config.learns_dwm else None
     try:
         with on_sigterm(lambda: _ask_to_stop(config)), Progress(config):
-            _trainer(config, until, figures or {}).fit()
+            _trainer(config, until, figures).fit()
     except KeyboardInterrupt:
         if not stop_path(config).exists():
             raise
@@ -73,6 +71,8 @@ def fit_until(
         if actor is not None:
             ray.kill(actor)
     raise_failure(config)
+    if (newest_step(config.run_dir) or 0) < until:
+        raise TrainingError(f"[{config.name}] ended before step {until}: look into the workers' logs of Ray Train")
 
 
 def _ask_to_stop(config: RunConfig) -> None:
@@ -88,7 +88,7 @@ def _ask_to_stop(config: RunConfig) -> None:
         raise KeyboardInterrupt
 
 
-def _trainer(config: RunConfig, until: int, figures: Mapping[int, Mapping[str, float]]) -> TorchTrainer:
+def _trainer(config: RunConfig, until: int, figures: Figures) -> TorchTrainer:
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -133,7 +133,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
             running_path(config).unlink(missing_ok=True)
 
 
-def _run(config: RunConfig, until: int, figures: Mapping[int, Mapping[str, float]]) -> None:
+def _run(config: RunConfig, until: int, figures: Figures) -> None:
     init_mesh()
     train_set = load_manifest(config.data.train)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -169,7 +169,7 @@ def _run(config: RunConfig, until: int, figures: Mapping[int, Mapping[str, float
     )
     trainer = Trainer(parts)
     trainer.fit()
-    if until in (0, config.train.steps):
+    if until == config.train.steps:
         _complete(parts, train_set, trainer.evaluate())
 
 

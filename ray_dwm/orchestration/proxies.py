@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration.run import run as train
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selecting import SelectionConfig
+from ray_dwm.selection.method import nothing_more
 from ray_dwm.selection.proxy import check_proxy
 
 _FREE = ("micro_batch", "profile", "profile_first", "profile_steps")
@@ -36,15 +38,23 @@ class Proxy:
     """How it is trained; None where it was named."""
 
 
-def plan_proxies(config: RunConfig, pool: Manifest) -> tuple[Proxy, ...]:
+def plan_proxies(
+    config: RunConfig, pool: Manifest, check: Callable[[Path], object] = nothing_more
+) -> tuple[Proxy, ...]:
     """Say which proxies a selection looks through, and check those that are named; starts nothing.
+
+    Args:
+        check: what a method demands of a named proxy's folder besides.
 
     Raises:
         UserError: a named folder is no LM, or of another tokenizer, or too small for the pool.
     """
     options = config.selection.proxy
     if options.folders:
-        return tuple(_named(Path(folder).expanduser().absolute(), pool) for folder in options.folders)
+        named = tuple(_named(Path(folder).expanduser().absolute(), pool) for folder in options.folders)
+        for proxy in named:
+            check(proxy.folder)
+        return named
     lm_shape(options.preset)
     return tuple(_to_be_trained(config, pool, number) for number in range(options.count))
 

@@ -85,20 +85,25 @@ def plan_selection(config: RunConfig) -> Selection:
     pool = load_manifest(config.data.train)
     targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()} if method.targeted else {}
     if method.targeted:
-        _check_targets(config, pool, targets)
+        check_targets(config, pool, targets)
     selection = Selection(
         config=config,
         pool=pool,
         targets=targets,
         rows=_rows(config, pool),
         folder=Path(config.selection.output),
-        proxies=plan_proxies(config, pool) if method.proxies else (),
+        proxies=plan_proxies(config, pool, method.check_proxy) if method.proxies else (),
     )
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
 
 
-def _check_targets(config: RunConfig, pool: Manifest, targets: dict[str, Manifest]) -> None:
+def check_targets(config: RunConfig, pool: Manifest, targets: dict[str, Manifest]) -> None:
+    """Check that there are target sets that a selection from the pool can be for.
+
+    Raises:
+        ConfigError, DataError: naming the key or file and the remedy.
+    """
     if not targets:
         raise ConfigError(f"data.target is empty: selection by {config.data.selection} needs a target set")
     for name, target in targets.items():
@@ -164,8 +169,11 @@ def select(config: RunConfig) -> Path:
 
 
 def with_selection(config: RunConfig) -> RunConfig:
-    """The configuration with the selected shards in the pool's place, after they have been made."""
-    if config.data.selection == "none":
+    """The configuration with the selected shards in the pool's place, after they have been made.
+
+    A run that chooses its data in stages keeps the pool.
+    """
+    if config.data.selection == "none" or config.in_stages:
         return config
     folder = select(config)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(folder), selection="none"))
@@ -222,6 +230,7 @@ def _fill(selection: Selection, work: Path) -> None:
         "method": selection.method,
         "depends_on": selection.depends_on,
         "options": to_dict(config.selection),
+        "notes": task.notes,
         **record.describe(pool, scored, rows),
         "seconds": time.monotonic() - started,
     }

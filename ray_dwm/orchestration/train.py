@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig
+from ray_dwm.engine.setup import check_data
+from ray_dwm.orchestration.mates import check_stages, fit_stages
 from ray_dwm.orchestration.prepare import prepare_sets
 from ray_dwm.orchestration.run import run
 from ray_dwm.orchestration.select import with_selection
@@ -21,7 +23,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     warn_of_temporary_storage(config)
     prepare_sets(config, missing_only=True)
-    return run(with_selection(config))
+    config = with_selection(config)
+    if not config.in_stages:
+        return run(config)
+    check_stages(config, check_data(config))
+    return run(config, fit_stages)
 
 
 def warn_of_temporary_storage(config: RunConfig) -> None:

@@ -7,7 +7,8 @@ pool; from the scores of all rows it chooses the rows that fit the budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,10 +25,18 @@ RowFunction = Callable[[Rows], Arrays]
 
 
 class Sweep(Protocol):
-    """Applies a function to all rows of a set, in blocks; where that happens is not the method's matter."""
+    """Applies a function to the rows of a set, in blocks; where that happens is not the method's matter."""
 
-    def __call__(self, name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
-        """The function's results, block by block in the order of the rows; `name` says what is being done."""
+    def __call__(
+        self, name: str, folder: str, function: RowFunction, rows: NDArray[np.int64] | None = None, block: int = 0
+    ) -> Iterator[Arrays]:
+        """The function's results, block by block in the order of the rows.
+
+        Args:
+            name: says what is being done.
+            rows: the rows that it is done with, by number; None: all.
+            block: rows in a block; 0: as the options say.
+        """
         ...
 
 
@@ -41,6 +50,8 @@ class Task:
     targets: Mapping[str, Manifest]
     """Name -> target set; several count the same."""
     sweep: Sweep
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the method has to say of itself; it is kept in selection.json."""
     proxies: tuple[str, ...] = ()
     """Hugging Face folders of the proxy LMs, checked, where the method needs some."""
 
@@ -58,6 +69,11 @@ class Scored:
         return len(self.scores)
 
 
+def nothing_more(folder: Path) -> None:
+    """See Method.check_proxy."""
+    del folder
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """A selection method."""
@@ -70,5 +86,7 @@ class Method:
     """Whether it needs a target set."""
     proxies: bool = False
     """Whether it looks through proxy LMs."""
+    check_proxy: Callable[[Path], object] = nothing_more
+    """Refuses, before anything is scored, a proxy's folder in which the method does not find what it needs."""
     ordered: bool = False
     """Whether the order of the chosen rows matters: training then reads them in that order."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_dwm.config import build
 from ray_dwm.data.manifest import load_manifest
@@ -15,11 +16,14 @@ from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 
 
-def sweep(name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
+def sweep(
+    name: str, folder: str, function: RowFunction, rows: NDArray[np.int64] | None = None, block: int = 0
+) -> Iterator[Arrays]:
     """Blocks of 50 rows, in a loop."""
     reader = open_shards(folder)
-    for start in range(0, reader.manifest.rows, 50):
-        yield function(reader.take(np.arange(start, min(start + 50, reader.manifest.rows))))
+    numbers = np.arange(reader.manifest.rows) if rows is None else rows
+    for start in range(0, len(numbers), block or 50):
+        yield function(reader.take(numbers[start : start + (block or 50)]))
 
 
 def task(pool: Path, targets: dict[str, Path], seed: int = 0, **options: Any) -> Task:
