@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             chosen = {k: v for k, v in settings(options).items() if index == 0 or k in WIDER}
             configs = {k: dwm_config(options, Path(name), *v) for k, v in chosen.items()}
             result[options.preset] = {
-                k: summarise(run_ranks(peaks, config.cluster.workers, config)) for k, config in configs.items()
+                k: summarise(run_ranks(peaks, config.cluster.workers, config, fresh=True))
+                for k, config in configs.items()
             }
     return result
 

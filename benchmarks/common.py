@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -36,6 +37,7 @@ from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.setup import build, check_data, read_plan
 
+multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"])
 RESULTS = Path(__file__).parent / "results"
 WARM_STEPS = 2
 
@@ -192,14 +194,19 @@ def _status(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
-def run_ranks(function: Callable[..., Any], workers: int, *arguments: Any) -> Any:
-    """Rank 0's result of `function`, run by gloo ranks on the CPU or by this process on its GPU."""
+def run_ranks(function: Callable[..., Any], workers: int, *arguments: Any, fresh: bool = False) -> Any:
+    """Rank 0's result of `function`, run by gloo ranks on the CPU or by this process on its GPU.
+
+    Ranks are forked from a process that has imported everything and run nothing; where memory is what is measured,
+    `fresh` ones share nothing with another process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         if torch.cuda.is_available():
             _rank(0, 1, folder, function, arguments)
         else:
-            mp.spawn(_rank, (workers, folder, function, arguments), nprocs=workers)
+            method = "spawn" if fresh else "forkserver"
+            mp.start_processes(_rank, (workers, folder, function, arguments), nprocs=workers, start_method=method)
         return json.loads(out.read_text())
 
 

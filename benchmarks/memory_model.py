@@ -90,7 +90,7 @@ def compare(config: RunConfig) -> dict[str, float]:
     """MiB predicted and measured, and their ratios."""
     # Read by glibc when a process starts: what is freed goes back at once, or a resident set is no measure of tensors.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    measured = run_ranks(warm_peaks, config.cluster.most_workers, config)
+    measured = run_ranks(warm_peaks, config.cluster.most_workers, config, fresh=True)
     planned = job(config)
     assert planned.upper is not None
     # Without an actor, parameters, gradients and moments of the DWM that learns are in this process's memory.

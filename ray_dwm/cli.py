@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ray_dwm.config import RunConfig, load
 from ray_dwm.errors import DwmError, UserError
+from ray_dwm.planning.options import number, whole
 
 app = typer.Typer(
     help="Pre-train LMs with a learned Data Weighting Model on Ray.",
@@ -26,6 +29,30 @@ Config = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.steps=200 dwm.size=s", metavar="KEY=VALUE")
+]
+
+
+def _number(help: str, parser: Callable[[str], float]) -> Any:
+    return typer.Option(help=help, parser=parser, metavar="NUMBER")
+
+
+# Parsed by us, not by the console's own types: one line that names the remedy, in place of a box with the usage.
+Gpus = Annotated[
+    int | None, _number("GPUs, one for each worker.", whole("--gpus", "as many as cluster.workers", 1, 2**20))
+]
+Mfu = Annotated[float | None, _number("MFU to assume.", number("--mfu", "a published one", most=1))]
+Price = Annotated[float | None, _number("Of a GPU-hour.", number("--price", "no cost"))]
+Vocab = Annotated[
+    int | None,
+    _number("Vocabulary, where there are no shards yet.", whole("--vocab", "that of the presets", 2, 2**31 - 1)),
+]
+Network = Annotated[
+    float | None,
+    _number("Gb/s between nodes for each GPU.", number("--network-gbps", "that of the vendor's own systems")),
+]
+HostMemory = Annotated[
+    float | None,
+    _number("GB of a node's host memory.", number("--host-memory-gb", "that of the vendor's own systems")),
 ]
 
 
@@ -67,11 +94,35 @@ def select(
     from ray_dwm.orchestration.select import select as run
 
     given = {"data.selection": method, "data.train": pool, "selection.budget": budget, "selection.output": output}
-    for number, folder in enumerate(target or []):
-        given[f"data.more_targets.{Path(folder).name}" if number else "data.target"] = folder
+    for place, folder in enumerate(target or []):
+        key = f"data.more_targets.{Path(folder).name}" if place else "data.target"
+        if key in given:
+            raise UserError(
+                f"--target {folder}: another set has the folder name {Path(folder).name}, rename one of them"
+            )
+        given[key] = folder
     given["selection.keep_scores"] = "true" if scores else ""
     options = [f"{key}={value}" for key, value in given.items() if value]
     run(_load(config, [*options, *(overrides or [])]))
+
+
+@app.command()
+def score(
+    dwm: Annotated[Path, typer.Option(help="A DWM folder; as selection.dwm.folder.")],
+    pool: Annotated[Path, typer.Option(help="Token shards to score; as data.train.")],
+    output: Annotated[Path, typer.Option(help="Parquet file of the scores; `select dwm selection.scores=` takes it.")],
+    rounds: Annotated[int, typer.Option(min=0, help="Random batches for each sequence; 0: selection.dwm.rounds.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="Sequences of a batch; 0: selection.dwm.batch.")] = 0,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score sequences that a DWM was not learnt on: the mean over random batches, and the spread."""
+    from ray_dwm.orchestration.score import score as run
+
+    given: dict[str, object] = {"selection.dwm.folder": dwm, "data.train": pool}
+    given |= {f"selection.dwm.{key}": value for key, value in (("rounds", rounds), ("batch", batch)) if value}
+    options = [f"{key}={value}" for key, value in given.items()]
+    run(_load(config, [*options, *(overrides or [])]), output)
 
 
 @app.command()
@@ -99,7 +150,8 @@ def doctor(
     from ray_dwm.orchestration.findings import has_failed, show, to_json
 
     given = _load(config, overrides) if config or overrides else None
-    with Console(stderr=True).status("doctor") as status:
+    # Ray prints what its nodes have to say; standard output is for the rows alone.
+    with redirect_stdout(sys.stderr), Console(stderr=True).status("doctor") as status:
         findings = Doctor(given, lambda name: status.update(f"checking {name}")).examine()
     if as_json:
         typer.echo(to_json(findings))
@@ -154,21 +206,30 @@ def analyze(
 def plan(
     config: Config = None,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs, one for each worker; 0: cluster.workers.")] = 0,
+    gpus: Gpus = None,
     gpu: Annotated[str, typer.Option(help="Kind of GPU, as h100 or a100-40g.")] = "h100",
-    mfu: Annotated[float, typer.Option(min=0, max=1, help="MFU to assume; 0: a published one.")] = 0.0,
-    price: Annotated[float, typer.Option(min=0, help="Of a GPU-hour.")] = 0.0,
-    vocab: Annotated[int, typer.Option(min=0, help="Vocabulary, where there are no shards yet.")] = 0,
-    network_gbps: Annotated[float, typer.Option(min=0, help="Gb/s between nodes for each GPU; 0: the vendor's.")] = 0.0,
+    mfu: Mfu = None,
+    price: Price = None,
+    vocab: Vocab = None,
+    network_gbps: Network = None,
+    host_memory_gb: HostMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
 ) -> None:
     """Say what a run will need before it is started: memory, time, communication, cost, and the cheapest layout."""
     from ray_dwm.planning import plan as planning
     from ray_dwm.planning import table
 
-    workers = [f"cluster.workers={gpus}"] if gpus else []
-    run_config = _load(config, [*(overrides or []), *workers, "cluster.gpus_per_worker=1"])
-    found = planning.plan(run_config, gpu, mfu=mfu, price=price, vocab=vocab, network_gbps=network_gbps)
+    run_config, refused = planning.on_gpus(config or [], overrides or [], gpus or 0)
+    found = planning.plan(
+        run_config,
+        gpu,
+        mfu=mfu or 0.0,
+        price=price or 0.0,
+        vocab=vocab or 0,
+        network_gbps=network_gbps or 0.0,
+        host_memory_gb=host_memory_gb or 0.0,
+        refused=refused,
+    )
     if as_json:
         typer.echo(json.dumps(table.as_json(found), indent=2))
     else:

@@ -13,8 +13,9 @@ from ray_dwm.core import activations as act
 from ray_dwm.core.accounting import Llama
 from ray_dwm.core.activations import FP32
 from ray_dwm.core.hardware import Gpu
+from ray_dwm.core.links import HOST, Links
 from ray_dwm.core.memory import Layout
-from ray_dwm.core.traffic import Links, gather
+from ray_dwm.core.traffic import gather
 from ray_dwm.core.upper_memory import Upper, matrices
 
 DIRECTION_PASSES = 45
@@ -63,13 +64,19 @@ class StepTime:
         return self.compute + self.again + self.exposed + self.transfer
 
 
+def micro_batches(sequences: int, size: int) -> list[tuple[int, int]]:
+    """(number, sequences) of micro-batches of at most `size`: the last one may be smaller."""
+    full, rest = divmod(sequences, size)
+    return [part for part in ((full, size), (1, rest)) if part[0] * part[1]]
+
+
 def forward_flops(llama: Llama, seq_len: int) -> float:
     """Of a forward, per token: a third of a training step's."""
     return llama.flops_per_token(seq_len) / 3
 
 
 def again_seconds(llama: Llama, layout: Layout, speed: Speed, tokens: float, seq_len: int) -> float:
-    """What the backward computes again for so many tokens.
+    """What the backward computes again for so many tokens, a micro-batch.
 
     full: the blocks' forward. selective: what is not kept, by the memory's bandwidth, written once and read once more.
     A chunked loss: the head's product.
@@ -81,7 +88,7 @@ def again_seconds(llama: Llama, layout: Layout, speed: Speed, tokens: float, seq
     elif layout.checkpointing == "selective":
         again = act.recomputed(llama, layout.compute, "selective")
         seconds += tokens * llama.layers * 2 * again / speed.gpu.bandwidth
-    if layout.loss_chunk:
+    if 0 < layout.loss_chunk < tokens:  # a chunk that holds the whole micro-batch is computed once
         seconds += tokens * head / speed.flops
     return seconds
 
@@ -110,6 +117,26 @@ def pass_time(
     return StepTime(passes * compute, passes * again, passes * sent, passes * exposed)
 
 
+def passes_time(
+    llama: Llama, layout: Layout, copies: int, speed: Speed, parts: list[tuple[int, int]], seq_len: int
+) -> StepTime:
+    """`pass_time` of (number, sequences) of micro-batches of several sizes, together."""
+    times = [pass_time(llama, layout, copies, speed, number, size * seq_len, seq_len) for number, size in parts]
+    names = ("compute", "again", "communication", "exposed")
+    return StepTime(*(sum(getattr(time, name) for time in times) for name in names))
+
+
+def forward_seconds(
+    llama: Llama, layout: Layout, copies: int, speed: Speed, passes: float, tokens: float, seq_len: int
+) -> float:
+    """Of so many forwards without a backward, of `tokens` tokens of a rank together, with what they do not hide."""
+    links = Links.of(speed.gpu, layout, copies)
+    block, root = (gather_seconds(layout, links, x) for x in (llama.block_parameters, llama.root_parameters))
+    compute = tokens * forward_flops(llama, seq_len) / speed.flops
+    gathers = llama.layers * (passes if layout.reshard else 1) - 1
+    return compute + root + block + max(0.0, gathers * block - compute)
+
+
 def gather_seconds(layout: Layout, links: Links, parameters: int) -> float:
     """To gather so many parameters over the ranks of a copy."""
     return gather(layout.compute * parameters, layout.shard) / links.shard + links.shard_latency
@@ -123,16 +150,17 @@ def reduction_seconds(layout: Layout, copies: int, links: Links, parameters: int
 
 
 def offload_seconds(llama: Llama, layout: Layout, speed: Speed, passes: int) -> float:
-    """Shards to the GPU for every gather, gradients to the host, and AdamW there.
+    """Shards to the GPU for every gather, gradients to the host, and the optimizer there.
 
-    The host's own update reads and writes 28 bytes a parameter; its memory is taken to be as fast for a GPU's part as
-    the bus to it.
+    The host's update reads parameters, gradients and moments, and writes all but the gradients; its memory is taken to
+    be as fast for a GPU's part as the bus to it.
     """
     if not layout.offload:
         return 0.0
     parameters = llama.parameters / layout.shard
     moved = FP32 * parameters * passes * (2 if layout.reshard else 1) + FP32 * parameters * passes
-    return (moved + 28 * parameters) / speed.gpu.host
+    updated = FP32 * parameters * (3 + 2 * layout.moments)
+    return (moved + updated) / (HOST * speed.gpu.host)
 
 
 def estimator_seconds(

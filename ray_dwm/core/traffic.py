@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step, by kind, and the bandwidth they meet.
+"""Bytes that a rank sends in a step, by kind.
 
 A ring of n ranks sends (n - 1) / n of a tensor from each of them to gather or to scatter it, and twice that to sum it
 everywhere (Thakur, Rabenseifner and Gropp 2005). NCCL and gloo do so for large tensors, but torch's gloo sums where it
@@ -14,15 +14,12 @@ from dataclasses import dataclass
 
 from ray_dwm.core.accounting import Llama
 from ray_dwm.core.activations import FP32
-from ray_dwm.core.hardware import Gpu
 from ray_dwm.core.memory import Layout
 from ray_dwm.core.upper_memory import FINITE_DIFFERENCES, Upper, matrices
 
-EFFICIENCY = 0.8
-"""Part of a link's rate that a ring reaches with large tensors: on NVLink 4, 370 to 380 of 450 GB/s between two GPUs
-(NVIDIA nccl issue 1264) and little less in a ring of eight. Assumed for all links."""
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "DWM")
-"""all-reduce: of the gradients over the copies of the LM, and of the upper level's bases."""
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "bases", "DWM")
+"""all-reduce: of the gradients over the copies of the LM; bases: those of the sketches, summed within a copy; DWM: what
+is known of sequences, over all ranks."""
 
 Traffic = dict[str, float]
 """Kind -> bytes that a rank sends."""
@@ -54,79 +51,97 @@ def lm_traffic(llama: Llama, layout: Layout, copies: int, passes: float, backwar
     }
 
 
-def step_traffic(workers: int, batch: int, dwm_width: int) -> Traffic:
-    """What every step with weights sends: encodings of D + 1 numbers, and id, domain and loss of every sequence."""
-    return {"DWM": gather(batch * (FP32 * (dwm_width + 1) + 2 * 8 + FP32), workers)}
+def step_traffic(workers: int, rows: int, numbers: int) -> Traffic:
+    """What every step with weights sends: fp32 numbers about each sequence, and its id, domain and loss for the record.
+
+    Args:
+        rows: sequences of the global batch, with what pads it.
+        numbers: of each sequence: its encoding, statistics of the LM, or both.
+    """
+    return {"DWM": gather(rows * (FP32 * numbers + 2 * 8 + FP32), workers)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """Micro-batches of a rank in a bi-level step."""
+
+    step: int
+    """Of the LM's step."""
+    chunks: int
+    """Parts of a micro-batch for which the LM calls its head."""
+    target: float
+    """Of the target batches, over all sets, in the mean: a target gradient may serve several steps."""
+    contracted: int
+    """Of what is contracted."""
 
 
 def upper_traffic(
-    llama: Llama, layout: Layout, copies: int, upper: Upper, target_passes: int, passes: int, seq_len: int, batch: int
+    llama: Llama, layout: Layout, copies: int, upper: Upper, passes: Passes, seq_len: int, rows: int
 ) -> Traffic:
-    """What a bi-level step sends more.
+    """What a bi-level step sends more, without checks.
 
     Args:
-        target_passes: micro-batches of the target batches, over all sets.
-        passes: micro-batches of what is contracted.
+        rows: sequences of the global batch, with what pads it.
     """
-    found = lm_traffic(llama, layout, copies, target_passes)
+    found = lm_traffic(llama, layout, copies, passes.target)
     s, workers = layout.shard, layout.shard * copies
     if upper.estimator in FINITE_DIFFERENCES:
         forwards = 1 if upper.estimator == "one_sided" else 2
-        once = lm_traffic(llama, layout, copies, passes, backward=False)
+        once = lm_traffic(llama, layout, copies, passes.contracted, backward=False)
         found = {kind: found[kind] + forwards * once[kind] for kind in found}
     elif upper.estimator == "ghost":
-        found["all-gather"] += gather(layout.compute * llama.parameters * passes, s)
+        # Every module gathers its part of u whenever its backward runs: embedding and head also where they share it.
+        table = llama.vocab * llama.width
+        whole = llama.layers * llama.block_parameters + llama.width + table * (1 + passes.chunks)
+        found["all-gather"] += gather(layout.compute * whole * passes.step, s)
     elif upper.estimator == "ghost_lowrank":
         ranks = [(o, i, min(upper.rank, i)) for o, i in matrices(llama)]
         # Right directions twice, left ones once, Gram matrices in double twice, and the cores of u.
         numbers = sum(FP32 * (2 * i + o + r) * r + 2 * 8 * r * r for o, i, r in ranks)
-        found["all-reduce"] += 2 * gather(numbers, s)
+        found["bases"] = 2 * gather(numbers, s)
         found["all-gather"] += gather(2 * FP32 * llama.vocab * llama.width, s)  # u of embedding and head
     else:
         found["all-gather"] += gather(2 * FP32 * llama.parameters, s)
-    found["DWM"] = gather(batch * (8 * seq_len + FP32 + 8), workers)  # token ids, alignments, their places
+    # Token ids and statistics of all sequences; alignments and their places of those that are contracted.
+    feedback = rows * (8 * seq_len + FP32 * upper.statistics) + upper.contracted * workers * (FP32 + 8)
+    found["DWM"] = gather(feedback, workers)
     return found
 
 
-def bus(gpu: Gpu, ranks: int, per_node: int) -> float:
-    """Bytes/s at which a rank sends in a ring of so many ranks, of which so many are in each node.
+def upper_collectives(llama: Llama, layout: Layout, upper: Upper, passes: Passes) -> int:
+    """Rings within a copy that a bi-level step goes round beyond its target gradient; a sum everywhere counts twice."""
+    parameters = 9 * llama.layers  # of the blocks: seven matrices and two norms each
+    if upper.estimator in FINITE_DIFFERENCES:
+        forwards = 1 if upper.estimator == "one_sided" else 2
+        return forwards * (llama.layers * (passes.contracted if layout.reshard else 1) + 1)
+    if upper.estimator == "ghost":
+        return passes.step * (parameters + 2 + passes.chunks)
+    return 2 + 2 * 6 if upper.estimator == "ghost_lowrank" else 2 * (parameters + 3)
 
-    Every rank of a node brings its part of the node's network, and all of them share it ring by ring.
+
+def audit_traffic(llama: Llama, layout: Layout, copies: int, passes: Passes, judged: tuple[int, int]) -> Traffic:
+    """What a check of fidelity and realised change sends more.
+
+    Four forwards of the judge, the target loss twice, and the LM's step once more.
+
+    Args:
+        passes: those of the target are those that a whole target batch is.
+        judged: sequences of a rank that the judge looks at, and the micro-batches they are.
     """
-    rate = gpu.link if ranks <= per_node else min(gpu.link, per_node * gpu.network)
-    return EFFICIENCY * rate
+    forwards = [(4, judged[1]), (2, passes.target)]
+    found = lm_traffic(llama, layout, copies, passes.step)
+    for times, count in forwards:
+        once = lm_traffic(llama, layout, copies, count, backward=False)
+        found = {kind: found[kind] + times * once[kind] for kind in found}
+    workers = layout.shard * copies
+    found["DWM"] = 2 * gather(judged[0] * workers * (FP32 + 8), workers)
+    return found
 
 
-BASE, HOP_LINK, HOP_NETWORK = 8.4e-6, 3.4e-6, 14e-6
-"""Seconds of a ring that carries nothing: once, for each rank within a node, for each node (NCCL's own model, `Simple`
-protocol on NVLink and InfiniBand, src/graph/tuning.cc)."""
-
-
-def latency(ranks: int, per_node: int) -> float:
-    """Seconds that a ring of so many ranks takes with nothing to send; 0 where there is nobody to send to."""
-    nodes = -(-ranks // per_node)
-    return BASE + (ranks - nodes) * HOP_LINK + (nodes - 1) * HOP_NETWORK if ranks > 1 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Links:
-    """Bytes/s within a copy of the LM, between the copies, and over all ranks; seconds before a first byte arrives."""
-
-    shard: float
-    copies: float
-    all: float
-    shard_latency: float
-    copies_latency: float
-
-    @staticmethod
-    def of(gpu: Gpu, layout: Layout, copies: int) -> Links:
-        """A copy lies on neighbours by rank, so nodes are filled with copies where S is small."""
-        node, s = gpu.per_node, layout.shard
-        near, far, every = min(s, node), max(1, node // s), min(s * copies, node)
-        rates = bus(gpu, s, near), bus(gpu, copies, far), bus(gpu, s * copies, every)
-        return Links(*rates, latency(s, near), latency(copies, far))
-
-    def seconds(self, traffic: Traffic) -> dict[str, float]:
-        """Kind -> time at the link's rate."""
-        rates = {"all-gather": self.shard, "reduce-scatter": self.shard, "all-reduce": self.copies, "DWM": self.all}
-        return {kind: sent / rates[kind] for kind, sent in traffic.items()}
+def added(*parts: tuple[float, Traffic]) -> Traffic:
+    """Sum of traffics, each so many times."""
+    found: Traffic = {}
+    for times, traffic in parts:
+        for kind, sent in traffic.items():
+            found[kind] = found.get(kind, 0.0) + times * sent
+    return found

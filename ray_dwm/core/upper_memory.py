@@ -28,12 +28,16 @@ class Upper:
     """Sequences whose gradients are contracted."""
     targets: int
     """Sequences that one target set gives to this rank."""
+    at_once: int = 0
+    """Target sequences that go through the LM at a time; 0: as many as the LM's micro-batch has."""
     sets: int = 1
     at_theta: bool = False
     reuse: bool = False
     """Whether a target gradient serves several steps."""
     hold: bool = False
     """Whether LM and optimizer are put back after the step."""
+    statistics: int = 0
+    """Numbers of the LM about each sequence that the DWM looks at, which go to its actor too."""
 
 
 def matrices(llama: Llama) -> list[tuple[int, int]]:
@@ -107,7 +111,7 @@ def _matrix(llama: Llama, layout: Layout, upper: Upper) -> int:
 
 def _target(llama: Llama, layout: Layout, micro: MicroBatch, upper: Upper, held: float) -> list[Phase]:
     """The target gradient's passes; v of the sets before it is kept."""
-    sequences = min(upper.targets, micro.sequences)
+    sequences = min(upper.targets, upper.at_once or micro.sequences)
     own = MicroBatch(sequences=sequences, seq_len=micro.seq_len, first=upper.targets <= sequences)
     earlier = (upper.sets - 1) * shard_copy(llama, layout)
     return [x.named(f"target: {x.name}").plus(bilevel=held + earlier) for x in pass_phases(llama, layout, own)]

@@ -13,6 +13,7 @@ from typing import Any
 from ray_dwm.config import RunConfig, load, to_dict, to_yaml
 from ray_dwm.data.manifest import MANIFEST, file_sha256
 from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.engine.reference import reference_weights
 from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, UserError
 
 # What may differ when a run is resumed: where and on what it runs, not what it computes.
@@ -99,6 +100,8 @@ def data_digests(config: RunConfig) -> dict[str, str]:
         files["dwm.init_from"] = Path(config.dwm.init_from).expanduser() / "model.safetensors"
     if config.dwm.trajectory:
         files["dwm.trajectory"] = Path(config.dwm.trajectory).expanduser() / "trajectory.json"
+    if (reference := reference_weights(config)) is not None:
+        files["weighting.group_dro.reference"] = reference
     return {name: file_sha256(path) for name, path in files.items()}
 
 

@@ -17,6 +17,7 @@ from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.checkpoint import list_checkpoints
+from ray_dwm.engine.group_dro import GroupDroWeighting, initial_weights
 from ray_dwm.engine.identity import difference, foreign, run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
 from ray_dwm.engine.materialize import materialize, without_values
@@ -24,6 +25,7 @@ from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.parts import Parts
+from ray_dwm.engine.reference import build_reference, check_reference
 from ray_dwm.engine.replay import ReplayedWeighting
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
@@ -79,6 +81,9 @@ def check_data(config: RunConfig) -> Manifest:
             "weighting.method=uniform"
         )
     _check_given_dwm(config, train)
+    if config.weighting.method == "group_dro":
+        initial_weights(config, train.domain_names)
+        check_reference(config, train, seq_len(config, train))
     return train
 
 
@@ -130,12 +135,14 @@ def read_plan(config: RunConfig, train: Manifest) -> ReadPlan | StagedPlan:
             block_rows=config.data.block_rows,
             window_blocks=config.data.window_blocks,
         )
+    ordered = train.made_by.get("ordered") is True
     return ReadPlan(
         rows_per_file=train.rows_per_file,
         global_batch=config.train.global_batch,
         seed=config.seed,
         block_rows=config.data.block_rows,
         window_blocks=config.data.window_blocks,
+        stored=config.data.order == "stored" or (config.data.order == "auto" and ordered),
     )
 
 
@@ -204,6 +211,8 @@ def build(
         weighting = LossWeighting(config)
     elif config.weighting.method == "joint_update_aware":
         weighting = JointUpdateAwareWeighting(config, model, targets["target"], tokens, place)
+    elif config.weighting.method == "group_dro":
+        weighting = GroupDroWeighting(config, train, build_reference(config, mesh))
     if source is None:
         reader: ShardReader = open_shards(config.data.train)
         source = LocalSource(reader, read_plan(config, train), dist.get_rank(), dist.get_world_size())

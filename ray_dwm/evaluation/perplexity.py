@@ -16,6 +16,7 @@ from ray_dwm.core.losses import predicted_mask, token_losses
 from ray_dwm.data.manifest import file_sha256, load_manifest
 from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.errors import DataError, UserError
+from ray_dwm.models.hf import lm_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,6 @@ def load_lm(folder: Path) -> torch.nn.Module:
     except Exception as error:  # transformers raises many kinds for a damaged folder
         raise UserError(f"{path} cannot be loaded as an LM: {str(error).splitlines()[0]}") from None
     return model.eval()
-
-
-def lm_folder(folder: Path) -> Path:
-    """A run folder's LM; a Hugging Face folder is its own."""
-    return folder / "hf" if (folder / "hf").is_dir() else folder
 
 
 def sequence_losses(

@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._private.services import canonicalize_bootstrap_address
+from ray._private.state import available_resources_per_node
 
 from ray_dwm.config import RunConfig
 from ray_dwm.errors import ResourceError
@@ -39,7 +41,7 @@ def connect(config: RunConfig) -> None:
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
     try:
         if address:
-            _probe(address)
+            probe(address)
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
@@ -48,14 +50,30 @@ def connect(config: RunConfig) -> None:
             )  # `compare` trains with and without in turn
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ResourceError(
-            f"no Ray cluster answers at {address or 'this machine'} ({str(error).splitlines()[0]}): start one with "
-            "`ray start --head`, or unset RAY_ADDRESS to use this machine"
-        ) from None
+        if "Version mismatch" in str(error):
+            versions = re.sub(r":? *\n *", " ", str(error).strip())
+            raise ResourceError(
+                f"{address} runs other versions ({versions}): install the same here and there"
+            ) from None
+        raise unreachable(address or "this machine", str(error).splitlines()[0]) from None
 
 
-def _probe(address: str) -> None:
-    """Ray itself asks an address that nobody listens at for minutes; one connection tells at once."""
+def unreachable(address: str, reason: str) -> ResourceError:
+    """The error of an address at which there is no cluster."""
+    return ResourceError(
+        f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, or unset RAY_ADDRESS to "
+        "use this machine"
+    )
+
+
+def probe(address: str) -> None:
+    """Ray itself asks an address that nobody listens at for minutes; one connection tells at once.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    if address == "auto":  # the last cluster of this machine, which may be long gone
+        address = canonicalize_bootstrap_address(address) or ""
     match = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d+)", address)
     if match:
         socket.create_connection((match[1], int(match[2])), timeout=_PROBE_TIMEOUT_S).close()
@@ -101,6 +119,12 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 def alive_nodes() -> list[dict[str, Any]]:
     """Ray's records of the nodes."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """ID of each node -> what nobody holds there at the moment."""
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    return free
 
 
 def fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:

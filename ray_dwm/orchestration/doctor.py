@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 
 import ray
 
-from ray_dwm.config import RunConfig, load
+from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import find_manifest
 from ray_dwm.engine.setup import seq_len
-from ray_dwm.errors import ResourceError
 from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
-from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight
+from ray_dwm.orchestration.cluster import (
+    alive_nodes,
+    connect,
+    fitting,
+    free_resources,
+    preflight,
+    probe,
+    unreachable,
+    worker_bundle,
+)
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, attempt, count, has_failed, run_check
 from ray_dwm.orchestration.run import absolute
@@ -27,6 +34,8 @@ _LIMIT_S = 120.0
 """Of a check that waits for processes of Ray; their own waits are shorter, so that they can say more."""
 _WAIT_S = 90.0
 _ANSWER_S = 45.0
+_MOST_PER_CORE = 8
+"""Processes that a core can start within _WAIT_S: each imports torch."""
 
 
 class Doctor:
@@ -34,10 +43,10 @@ class Doctor:
 
     def __init__(self, config: RunConfig | None, progress: Callable[[str], None] = lambda name: None) -> None:
         self._config = config
-        # Without a configuration: two workers as the defaults have them, in bf16.
-        self._run = absolute(config) if config else load([], ["train.precision=bf16", "weighting.method=uniform"])
+        self._run = absolute(config) if config else doctor_config.stand_in([])
         self._progress = progress
         self._nodes: list[NodeFacts] = []
+        self._free: dict[str, dict[str, float]] = {}
         self._workers = 0
         self._findings: list[Finding] = []
 
@@ -48,6 +57,7 @@ class Doctor:
         if self._joins_cluster():
             self._check("nodes", self._ask_nodes)
             if self._nodes:
+                self._run = self._run if self._config else doctor_config.stand_in(self._nodes)
                 self._check_nodes()
                 self._check_cluster()
             run_check("shutdown", _shutdown, _ANSWER_S)
@@ -81,15 +91,18 @@ class Doctor:
             return
         sound = self._check("data", lambda: doctor_config.check_sets(run))
         there = sound and doctor_config.data_are_there(run)
+        reason = "" if there else "there are no data yet" if sound else "the data are not sound"
         if there:
             self._check("checksums", lambda: [doctor_config.check_shards(run)], 5 * _LIMIT_S)
         else:
-            self._skip("checksums", "the data are not there or not sound")
+            self._skip("checksums", reason)
         temporary = storage_is_temporary(self._config)
-        if self._check("run folder", lambda: [doctor_config.check_run_folder(run, temporary)]) and there:
+        if not self._check("run folder", lambda: [doctor_config.check_run_folder(run, temporary)]):
+            self._skip("disk", "there can be no run folder")
+        elif there:
             self._check("disk", lambda: [doctor_config.measure_disk(run)])
         else:
-            self._skip("disk", "it takes the data's vocabulary and a run folder")
+            self._skip("disk", f"{reason}, and the size of an LM depends on their vocabulary")
 
     def _joins_cluster(self) -> bool:
         if not self._check("Ray", lambda: _probe_cluster(os.environ.get("RAY_ADDRESS"))):
@@ -101,7 +114,7 @@ class Doctor:
 
     def _connect(self) -> list[Finding]:
         connect(self._run)
-        own = "" if os.environ.get("RAY_ADDRESS") else ", started for this"
+        own = "" if os.environ.get("RAY_ADDRESS") else ", started for this: RAY_ADDRESS names no other"
         return [Finding("Ray", "ok", f"cluster of {count(len(alive_nodes()), 'node')}{own}")]
 
     def _ask_nodes(self) -> list[Finding]:
@@ -128,16 +141,30 @@ class Doctor:
             self._check("object store", self._object_store)
             storage, inputs = run.run_dir.parent, doctor_config.input_files(run)
             self._check("storage", lambda: doctor_probes.check_storage(storage, inputs, _ANSWER_S))
-        if not fits:
-            self._skip("attention", "the cluster cannot hold the run's workers")
-            self._skip("process group", "the cluster cannot hold the run's workers")
-            return
         self._check("attention", self._attention)
-        self._check("process group", lambda: doctor_probes.check_group(run, self._workers, _WAIT_S))
+        if reason := self._no_group(fits):
+            self._skip("process group", reason)
+        else:
+            self._check("process group", lambda: doctor_probes.check_group(run, self._workers, _WAIT_S))
+
+    def _no_group(self, fits: bool) -> str:
+        """Why there can be no process group now; waiting for it would tell nothing more."""
+        if not fits:
+            return "the cluster cannot hold the run's workers"
+        if fitting(list(self._free.values()), worker_bundle(self._run)) < self._workers:
+            return "others hold what the workers need: run doctor again when they have ended"
+        cores = sum(node.cores for node in self._nodes)
+        if self._workers > _MOST_PER_CORE * cores:
+            return f"{self._workers} workers on {count(cores, 'core')} start too slowly to be tried"
+        return ""
 
     def _resources(self) -> list[Finding]:
-        self._workers = preflight(self._run)
-        return [doctor_config.check_free(self._run, self._workers, ray.cluster_resources(), ray.available_resources())]
+        run, cores = self._run, sum(node.cores for node in self._nodes)
+        # Before the probes, and once: Ray hears late of what they have given back.
+        self._free = free_resources()
+        self._workers = preflight(run)
+        free = list(self._free.values())
+        return [doctor_config.check_free(run, self._workers, ray.cluster_resources(), free, cores)]
 
     def _object_store(self) -> list[Finding]:
         run, train = self._run, find_manifest(self._run.data.train)
@@ -149,7 +176,7 @@ class Doctor:
         train = find_manifest(run.data.train)
         tokens = seq_len(run, train) if train else run.lm.seq_len or run.prepare.seq_len
         head_dim = shape.width // shape.heads
-        return doctor_probes.check_attention(run, head_dim, tokens, run.train.precision, _WAIT_S)
+        return doctor_probes.check_attention(run, head_dim, tokens, self._free, _WAIT_S)
 
 
 def _shutdown() -> list[Finding]:
@@ -158,20 +185,23 @@ def _shutdown() -> list[Finding]:
 
 
 def _probe_cluster(address: str | None) -> list[Finding]:
-    """Ask from a process that can be ended: Ray's own call waits for ever where something else listens.
+    """Ask from a process that can be ended: Ray's own call waits for minutes, or for ever where something else listens.
 
     Raises:
         ResourceError: no cluster of Ray answers.
     """
-    if address is None or not re.fullmatch(r"\[?[^/\[\]]+\]?:\d+", address):
+    if not address or address == "local" or address.startswith("ray://"):
         return []
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        if subprocess.run(command, capture_output=True, timeout=_ANSWER_S).returncode == 0:
-            return []
+        probe(address)
+    except OSError as error:
+        raise unreachable(address, str(error)) from None
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check"]
+    try:
+        done = subprocess.run([*command, "--address", address], capture_output=True, text=True, timeout=_ANSWER_S)
     except subprocess.TimeoutExpired:
-        pass
-    raise ResourceError(
-        f"no Ray cluster answers at {address}: start one with `ray start --head`, or unset RAY_ADDRESS to use this "
-        "machine"
-    )
+        raise unreachable(address, f"silent for {_ANSWER_S:g} s") from None
+    if done.returncode == 0:
+        return []
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    raise unreachable(address, lines[-1] if lines else "its health check failed")

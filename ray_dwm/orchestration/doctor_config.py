@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ray_dwm.config import RunConfig
+from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
-from ray_dwm.engine.rundir import check
-from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, seq_len
+from ray_dwm.engine.rundir import check, read_summary
+from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan, seq_len
 from ray_dwm.models.lm import parameter_count
 from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
-from ray_dwm.orchestration.findings import Finding
+from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.prepare import sets_to_make
 
 MOST_EPOCHS = 4.0
@@ -27,26 +28,35 @@ _VERSIONS_HELD = 3
 """DWM versions in the object store at a time: the one before, the one in use, the one under way."""
 
 
+def stand_in(nodes: Sequence[NodeFacts]) -> RunConfig:
+    """What is tried where no configuration is given: a worker on every GPU, or else two on CPUs."""
+    gpus = fitting([node.resources for node in nodes], {"CPU": 1, "GPU": 1})
+    workers = [f"cluster.workers={gpus}", "cluster.gpus_per_worker=1", f"train.global_batch={gpus}"] if gpus else []
+    return load([], ["train.precision=bf16", "weighting.method=uniform", *workers])
+
+
 def check_sets(config: RunConfig) -> list[Finding]:
     """Manifests that fit each other and the run, or texts from which `train` can make them; and the epochs."""
     to_make = sets_to_make(config, missing_only=True)
     if to_make:
-        found = "not there yet, and made by `train` first: " + ", ".join(output for _, _, output in to_make)
+        found = "not there yet, `train` makes them first: " + ", ".join(output for _, _, output in to_make)
         remedy = "run `ray-dwm prepare` now to have them checked"
         return [Finding("data", "warning", found, remedy)]
     train = check_data(config)
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]
     sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in evaluation_sets(config).items()]
     found = f"{', '.join(sizes)}; one tokenizer"
-    return [Finding("data", "ok", found), check_epochs(config, train.rows, seq_len(config, train))]
+    stored = read_plan(config, train).stored
+    return [Finding("data", "ok", found), check_epochs(config, train.rows, seq_len(config, train), stored)]
 
 
-def check_epochs(config: RunConfig, rows: int, tokens: int) -> Finding:
+def check_epochs(config: RunConfig, rows: int, tokens: int, stored: bool = False) -> Finding:
     """How often the run reads the training set.
 
     Args:
         rows: sequences of the training set.
         tokens: those of each sequence that are used.
+        stored: they are read in the order in which they are stored.
     """
     drawn = config.train.steps * config.train.global_batch
     epochs = drawn / rows
@@ -54,7 +64,11 @@ def check_epochs(config: RunConfig, rows: int, tokens: int) -> Finding:
     if epochs > MOST_EPOCHS:
         remedy = f"add data or lower train.steps: beyond {MOST_EPOCHS:g} epochs repeated data is worth little"
         return Finding("epochs", "warning", found, remedy)
-    return Finding("epochs", "ok", found)
+    if stored and drawn < rows // config.train.global_batch * config.train.global_batch:
+        found += ", in stored order: the last part of it is never seen"
+        remedy = "select for a budget of train.steps * train.global_batch sequences, or data.order=shuffled"
+        return Finding("epochs", "warning", found, remedy)
+    return Finding("epochs", "ok", f"{found}, the first in stored order" if stored else found)
 
 
 def check_shards(config: RunConfig) -> Finding:
@@ -77,8 +91,28 @@ def check_run_folder(config: RunConfig, temporary: bool) -> Finding:
     if temporary:
         found = f"{config.run_dir} lies in a Ray job's working folder, which is temporary"
         return Finding("run folder", "warning", found, "storage=/a/shared/folder")
+    if _is_claimed(config):
+        remedy = "wait for it, or choose another name=..."
+        return Finding("run folder", "failed", f"{config.run_dir} is in use by another process", remedy)
+    if read_summary(config) is not None:
+        remedy = "name=... for a new run, or remove the folder"
+        return Finding(
+            "run folder", "warning", f"{config.run_dir} is complete already, nothing would be trained", remedy
+        )
     state = "exists and is continued" if config.run_dir.exists() else "is new"
     return Finding("run folder", "ok", f"{config.run_dir} {state}")
+
+
+def _is_claimed(config: RunConfig) -> bool:
+    """Whether a process trains this run; asked with a lock of a moment that leaves nothing."""
+    try:
+        with (config.run_dir / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no such file, or a file system without locks
+    return False
 
 
 def disk_needed(config: RunConfig, parameters: int) -> dict[str, int]:
@@ -135,16 +169,18 @@ def check_object_store(config: RunConfig, nodes: Sequence[NodeFacts], dwm_bytes:
         wanted = workers * config.cluster.ingest_memory_mb * 2**20 + _VERSIONS_HELD * dwm_bytes
         store = node.resources.get("object_store_memory", 0.0)
         if wanted > store:
-            found = f"{node.name} has {store / 2**20:.0f} MiB, {workers} workers may ask for {wanted / 2**20:.0f}"
-            remedy = "lower cluster.ingest_memory_mb, or `ray start --object-store-memory=...`: Ray spills to disk else"
+            found = (
+                f"{node.name} has {store / 2**20:.0f} MiB, {count(workers, 'worker')} may ask for "
+                f"{wanted / 2**20:.0f} MiB: Ray would spill to disk"
+            )
+            remedy = "lower cluster.ingest_memory_mb, or start Ray with a larger --object-store-memory"
             rows.append(Finding("object store", "warning", found, remedy))
         if store > node.shm_bytes:
             found = (
-                f"{node.name} keeps its {store / 2**20:.0f} MiB outside of /dev/shm ({node.shm_bytes / 2**20:.0f} MiB)"
+                f"{node.name} keeps its {store / 2**20:.0f} MiB outside of /dev/shm ({node.shm_bytes / 2**20:.0f} "
+                "MiB), where reading is slow"
             )
-            rows.append(
-                Finding("object store", "warning", found, "enlarge /dev/shm (--shm-size), reading is slow else")
-            )
+            rows.append(Finding("object store", "warning", found, "enlarge /dev/shm (a container's --shm-size)"))
     smallest = min((node.resources.get("object_store_memory", 0.0) for node in nodes), default=0.0)
     return rows or [Finding("object store", "ok", f"at least {smallest / 2**20:.0f} MiB on every node, in /dev/shm")]
 
@@ -157,20 +193,30 @@ def dwm_bytes(config: RunConfig, train: Manifest) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def check_free(config: RunConfig, workers: int, total: dict[str, float], free: dict[str, float]) -> Finding:
+def check_free(
+    config: RunConfig, workers: int, total: dict[str, float], free: Sequence[dict[str, float]], cores: int
+) -> Finding:
     """Resources that others hold at the moment; that the cluster has enough was checked before.
 
     Args:
         workers: those that the cluster has room for.
+        free: what nobody holds on each node.
+        cores: those that the machines have, whatever Ray counts.
     """
     wanted, most = needed(config, workers), config.cluster.most_workers
     shown = ", ".join(f"{amount:g} of {total.get(kind, 0.0):g} {kind}s" for kind, amount in wanted.items())
-    busy = [f"{free.get(kind, 0.0):g} {kind}s" for kind, amount in wanted.items() if free.get(kind, 0.0) < amount]
     fewer = "" if workers == most else f" with {workers} of at most {most} workers"
     row = Finding("resources", "ok", f"the run holds {shown}{fewer}")
-    if busy:
-        found = f"{row.found}, but now only {' and '.join(busy)} are free"
-        return replace(row, state="warning", found=found, remedy="wait: the run starts when others have ended")
+    there = {kind: sum(node.get(kind, 0.0) for node in free) for kind in wanted}
+    busy = [f"{there[kind]:g} {kind}s" for kind, amount in wanted.items() if there[kind] < amount]
+    room = fitting(list(free), worker_bundle(config))
+    if busy or room < workers:
+        now = f"{' and '.join(busy)} are free" if busy else f"{room} of {workers} workers find a node with room"
+        remedy = "wait: the run starts when others have ended"
+        return replace(row, state="warning", found=f"{row.found}, but now only {now}", remedy=remedy)
+    if workers * config.cluster.cpus_per_worker > cores:
+        found = f"{row.found}, and its {count(workers, 'worker')} share {count(cores, 'core')}"
+        return replace(row, state="warning", found=found, remedy="lower cluster.workers: they slow each other down")
     return row
 
 

@@ -56,6 +56,7 @@ class NodeFacts:
     packages: dict[str, str]
     """Installed version of every package that ray_dwm requires; those that are missing have none."""
     gpus: tuple[Gpu, ...]
+    cores: int
     open_files: int
     shm_bytes: int
     tmp_free_bytes: int
@@ -83,6 +84,7 @@ def node_facts(packages: Sequence[str], resources: dict[str, float]) -> NodeFact
         python=platform.python_version(),
         packages={name: version for name in packages if (version := installed_version(name))},
         gpus=_gpus(),
+        cores=os.cpu_count() or 1,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
         tmp_free_bytes=tmp.free,
@@ -200,30 +202,42 @@ def _minor(version: str) -> str:
 
 
 def check_gpus(nodes: Sequence[NodeFacts], config: RunConfig | None) -> Finding:
-    """What each node's driver shows, against what the run asks for."""
-    shown = []
-    for node in nodes:
-        kinds = {gpu: node.gpus.count(gpu) for gpu in node.gpus}
-        each = [
-            f"{count} x {gpu.name} ({gpu.memory_mib / 1024:.0f} GiB, driver {gpu.driver}, capability "
-            f"{gpu.compute_capability})"
-            for gpu, count in kinds.items()
-        ]
-        if each:
-            shown.append(f"{node.name}: {', '.join(each)}")
-    wanted = 0.0 if config is None else config.cluster.gpus_per_worker + config.cluster.dwm_gpus
-    if shown:
-        names = {gpu.name for node in nodes for gpu in node.gpus}
-        if wanted and len(names) > 1:
-            remedy = "let all workers run on one kind: the slowest sets the pace"
-            return Finding("GPUs", "warning", "; ".join(shown), remedy)
-        if config is not None and not wanted:
-            return Finding("GPUs", "warning", "; ".join([*shown, "the run uses none"]), "cluster.gpus_per_worker=1")
-        return Finding("GPUs", "ok", "; ".join(shown))
-    if wanted:
-        remedy = "add nodes with GPUs and their driver, or set cluster.gpus_per_worker=0 and cluster.dwm_gpus=0"
-        return Finding("GPUs", "failed", "no node has one, the run asks for GPUs", remedy)
-    return Finding("GPUs", "ok", "none, and none is asked for")
+    """What each node's driver shows and Ray counts, against what the run asks for."""
+    check, shown = "GPUs", "; ".join(f"{node.name}: {_kinds(node.gpus)}" for node in nodes if node.gpus)
+    of_dwm = config.cluster.dwm_gpus if config is not None and config.learns_dwm else 0.0
+    wanted = of_dwm + (config.cluster.gpus_per_worker if config is not None else 0.0)
+    if config is not None and not wanted:
+        if shown:
+            return Finding(check, "warning", f"{shown}; the run uses none", "cluster.gpus_per_worker=1")
+        return Finding(check, "ok", "none, and none is asked for")
+    differ = [node for node in nodes if not _same_number(len(node.gpus), node.resources.get("GPU", 0.0))]
+    if differ:
+        each = [f"{n.name}: nvidia-smi shows {len(n.gpus)}, Ray counts {n.resources.get('GPU', 0.0):g}" for n in differ]
+        remedy = "mend the driver there, or start Ray with --num-gpus and as many as there are"
+        return Finding(check, "warning", "; ".join(each), remedy)
+    if wanted and not shown:
+        remedy = (
+            "name the cluster that has them (RAY_ADDRESS, or a Ray job), add nodes with GPUs and their driver, or set "
+            "cluster.gpus_per_worker=0 and cluster.dwm_gpus=0"
+        )
+        return Finding(check, "failed", "no node has one, the run asks for GPUs", remedy)
+    if wanted and len({gpu.name for node in nodes for gpu in node.gpus}) > 1:
+        return Finding(check, "warning", shown, "let all workers run on one kind: the slowest sets the pace")
+    return Finding(check, "ok", shown or "none")
+
+
+def _kinds(gpus: Sequence[Gpu]) -> str:
+    kinds = {gpu: gpus.count(gpu) for gpu in gpus}
+    return ", ".join(
+        f"{number} x {gpu.name} ({gpu.memory_mib / 1024:.0f} GiB, driver {gpu.driver}, capability "
+        f"{gpu.compute_capability})"
+        for gpu, number in kinds.items()
+    )
+
+
+def _same_number(shown: int, counted: float) -> bool:
+    """Ray may be given a part of a node's GPUs, but neither none of them nor more than there are."""
+    return counted <= shown and (counted > 0 or shown == 0)
 
 
 def check_limits(nodes: Sequence[NodeFacts]) -> list[Finding]:

@@ -5,6 +5,7 @@ Every wait here has an end, and whatever was started is stopped at it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import socket
@@ -48,7 +49,8 @@ def on_nodes(
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         placed = task.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=place, max_retries=0)
         references[placed.remote(*arguments(node))] = node
-    ray.wait(list(references), num_returns=len(references), timeout=limit_s, fetch_local=False)
+    if references:  # Ray refuses to wait for nothing
+        ray.wait(list(references), num_returns=len(references), timeout=limit_s, fetch_local=False)
     answers, rows = [], []
     for reference, node in references.items():
         try:
@@ -84,14 +86,24 @@ def _clock() -> float:
     return time.time()
 
 
-def check_attention(config: RunConfig, head_dim: int, seq_len: int, precision: str, limit_s: float) -> list[Finding]:
-    """Try the attention kernels on every node that can hold a worker; one row for each kind of device."""
-    bundle = worker_bundle(config)
+def check_attention(
+    config: RunConfig, head_dim: int, seq_len: int, free: dict[str, dict[str, float]], limit_s: float
+) -> list[Finding]:
+    """Try the attention kernels on every node that can hold a worker; one row for each kind of device.
+
+    Args:
+        free: node's ID -> resources that nobody holds there; where a worker finds no room, nothing is tried.
+    """
+    bundle, precision = worker_bundle(config), config.train.precision
     nodes = [node for node in alive_nodes() if fitting([node["Resources"]], bundle)]
     if not nodes:
         return [Finding("attention", "skipped", "no node can hold a worker")]
+    with_room = [node for node in nodes if fitting([free.get(node["NodeID"], {})], bundle)]
     shape = {"head_dim": head_dim, "seq_len": seq_len, "precision": precision}
-    answers, rows = on_nodes("attention", nodes, _attention, lambda _: (shape,), limit_s, bundle)
+    answers, rows = on_nodes("attention", with_room, _attention, lambda _: (shape,), limit_s, bundle)
+    if len(with_room) < len(nodes):
+        found = f"others hold what a worker needs on {len(nodes) - len(with_room)} of {count(len(nodes), 'node')}"
+        rows.append(Finding("attention", "skipped", found))
     probes = dict.fromkeys(probe for _, probe in answers)
     about = f"heads of {head_dim}, {seq_len} tokens, {precision}"
     return [*(judge_attention(probe, config, about) for probe in probes), *rows]
@@ -212,6 +224,8 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
     """
     token, made = secrets.token_hex(8), [p for p in (storage, *storage.parents) if not p.exists()]
     folder = storage / f".doctor-{token}"
+    # A check that is cut off (Ctrl-C, its limit) ends with the process, and runs no `finally`.
+    atexit.register(_remove, folder, made)
     try:
         folder.mkdir(parents=True)
         (folder / "driver").write_text(token)
@@ -220,14 +234,15 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
             "storage", alive_nodes(), visit, lambda node: (str(folder), node["NodeID"], token, digests), limit_s
         )
         for node, problems in answers:
-            answered = _appears(folder / node["NodeID"], token)
-            problems = problems or ([] if answered else [f"what it wrote to {storage} is not seen here"])
+            # A node that says what is wrong is not waited for: a hundred of them would take the check's whole time.
+            if not problems and not _appears(folder / node["NodeID"], token):
+                problems = [f"what it wrote to {storage} is not seen here"]
             if problems:
                 remedy = "mount one shared file system at the same path on all nodes, and put storage and data there"
                 rows.append(Finding("storage", "failed", f"{_name(node)}: {'; '.join(problems)}", remedy))
         if not rows:
             seen = f"written and read by {count(len(answers), 'node')}: {storage}"
-            same = f"; {len(inputs)} data files are the same there" if inputs else ""
+            same = f"; with the same {count(len(inputs), 'data file')}" if inputs else ""
             rows.append(Finding("storage", "ok", seen + same))
         return rows
     except OSError as error:
@@ -267,6 +282,7 @@ def _appears(path: Path, content: str) -> bool:
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:
     """The probe's folder and those folders above it that were made for it."""
+    atexit.unregister(_remove)
     if folder.is_dir():
         for path in folder.iterdir():
             path.unlink(missing_ok=True)

@@ -18,23 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_dwm.config import RunConfig, to_dict
-from ray_dwm.data.manifest import Manifest, load_manifest
+from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.data.stages import ROWS, Stage, chosen_rows, cut, stage_folder
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.probe import newest_step
 from ray_dwm.engine.rundir import stop_path
-from ray_dwm.engine.setup import seq_len, target_sets
+from ray_dwm.engine.setup import seq_len
 from ray_dwm.errors import ConfigError, DataError, Stopped
 from ray_dwm.orchestration.fit import fit, fit_until
-from ray_dwm.orchestration.select import check_targets
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import mates
 from ray_dwm.selection.choose import drawn, highest
-from ray_dwm.selection.method import Task
+from ray_dwm.selection.method import RowFunction, Task
 from ray_dwm.selection.random import RandomScores
 from ray_dwm.selection.record import RECORD, describe
 from ray_dwm.selection.scores import Keyed, gather
+from ray_dwm.selection.targets import read_targets
 
 
 def check_stages(config: RunConfig, pool: Manifest) -> None:
@@ -44,7 +44,7 @@ def check_stages(config: RunConfig, pool: Manifest) -> None:
         ConfigError, DataError: naming the key or file and the remedy.
     """
     options, stages = config.selection, config.selection.mates.stages
-    check_targets(config, pool, _targets(config))
+    read_targets(config, pool)
     for key in ("output", "scores"):
         if getattr(options, key):
             raise ConfigError(f"selection.{key} is of `ray-dwm select`, a run by mates scores anew: leave it empty")
@@ -54,10 +54,7 @@ def check_stages(config: RunConfig, pool: Manifest) -> None:
             f"train.steps = {config.train.steps}"
         )
     least = pool.rows // stages if options.mates.candidates == "part" else pool.rows
-    if options.mates.probes > least:
-        raise ConfigError(
-            f"selection.mates.probes is {options.mates.probes}, a stage has {least} sequences to choose from: lower it"
-        )
+    mates.check_probes(options, least)
     _check_counts(config, pool, least)
 
 
@@ -114,7 +111,7 @@ def _choose(config: RunConfig, pool: Manifest, stage: Stage) -> None:
         options=config.selection,
         seed=int(np.random.SeedSequence((config.seed, stage.number)).generate_state(1, np.uint32)[0]),
         pool=pool,
-        targets=_targets(config),
+        targets=read_targets(config, pool),
         sweep=RaySweep(work, config.selection, f"[{config.name}] stage {stage.number}: "),
     )
     rows, record = _chosen(config, task, stage)
@@ -134,7 +131,8 @@ def _chosen(config: RunConfig, task: Task, stage: Stage) -> tuple[NDArray[np.int
     pool, folder = task.pool, str(task.pool.folder)
     candidates = _candidates(config, pool, stage)
     if stage.number == 0:
-        scorer, choose = RandomScores(task.seed), highest
+        scorer: RowFunction = RandomScores(task.seed)
+        choose = highest
     else:
         scorer = mates.learn(task, [(str(config.run_dir), stage.first)], candidates, seq_len(config, pool))
         choose = drawn
@@ -166,10 +164,6 @@ def _candidates(config: RunConfig, pool: Manifest, stage: Stage) -> NDArray[np.i
 def _count(config: RunConfig, pool: Manifest, stage: Stage) -> int:
     """Rows to be chosen for a stage."""
     return config.selection.budget // pool.seq_len or (stage.stop - stage.first) * config.train.global_batch
-
-
-def _targets(config: RunConfig) -> dict[str, Manifest]:
-    return {name: load_manifest(folder) for name, folder in target_sets(config).items()}
 
 
 def _figures(config: RunConfig) -> dict[int, dict[str, float]]:

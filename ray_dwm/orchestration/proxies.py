@@ -5,25 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, LmConfig, RunConfig, WeightingConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
 from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
-from ray_dwm.evaluation.perplexity import lm_folder
+from ray_dwm.models.hf import lm_folder
 from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration.run import run as train
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selecting import SelectionConfig
-from ray_dwm.selection.method import nothing_more
+from ray_dwm.selection.method import any_proxy
 from ray_dwm.selection.proxy import check_proxy
 
 _FREE = ("micro_batch", "profile", "profile_first", "profile_steps")
 """Of section `train`: what does not change the LM that comes out."""
+_UNIFORM = WeightingConfig(method="uniform")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,7 @@ class Proxy:
     """How it is trained; None where it was named."""
 
 
-def plan_proxies(
-    config: RunConfig, pool: Manifest, check: Callable[[Path], object] = nothing_more
-) -> tuple[Proxy, ...]:
+def plan_proxies(config: RunConfig, pool: Manifest, check: Callable[[Path], object] = any_proxy) -> tuple[Proxy, ...]:
     """Say which proxies a selection looks through, and check those that are named; starts nothing.
 
     Args:
@@ -56,7 +56,7 @@ def plan_proxies(
             check(proxy.folder)
         return named
     lm_shape(options.preset)
-    return tuple(_to_be_trained(config, pool, number) for number in range(options.count))
+    return tuple(to_be_trained(config, pool, config.seed + number) for number in range(options.count))
 
 
 def _named(given: Path, pool: Manifest) -> Proxy:
@@ -86,7 +86,18 @@ def _named(given: Path, pool: Manifest) -> Proxy:
     return Proxy(folder, hashlib.sha256("".join(digests).encode()).hexdigest(), None)
 
 
-def _to_be_trained(config: RunConfig, pool: Manifest, number: int) -> Proxy:
+def to_be_trained(
+    config: RunConfig,
+    pool: Manifest,
+    seed: int,
+    weighting: WeightingConfig = _UNIFORM,
+    weighted_by: Mapping[str, Any] | None = None,
+) -> Proxy:
+    """An LM that is trained on the pool as section selection.proxy says.
+
+    Args:
+        weighted_by: what the weighting does, where it is not uniform, without names of folders.
+    """
     options = config.selection.proxy
     train = dataclasses.replace(
         config.train,
@@ -97,19 +108,21 @@ def _to_be_trained(config: RunConfig, pool: Manifest, number: int) -> Proxy:
     )
     lm = LmConfig(preset=options.preset)
     kept = {key: value for key, value in to_dict(train).items() if key not in _FREE}
-    made_of = {"pool": file_sha256(pool.folder / MANIFEST), "preset": options.preset, "train": kept}
-    digest = hashlib.sha256(json.dumps({**made_of, "seed": config.seed + number}, sort_keys=True).encode()).hexdigest()
+    made_of: dict[str, Any] = {"pool": file_sha256(pool.folder / MANIFEST), "preset": options.preset, "train": kept}
+    if weighted_by is not None:
+        made_of["weighting"] = dict(weighted_by)
+    digest = hashlib.sha256(json.dumps({**made_of, "seed": seed}, sort_keys=True).encode()).hexdigest()
     storage = Path(config.storage).expanduser().absolute() / "proxies"
     run = dataclasses.replace(
         config,
         name=f"proxy-{digest[:12]}",
         storage=str(storage),
-        seed=config.seed + number,
-        data=DataConfig(train=str(pool.folder)),
+        seed=seed,
+        data=DataConfig(train=str(pool.folder), order="shuffled"),  # a proxy must not see the easy part alone
         selection=SelectionConfig(),
         lm=lm,
         train=train,
-        weighting=WeightingConfig(method="uniform"),
+        weighting=weighting,
         dwm=DwmConfig(),
         bilevel=BilevelConfig(),
         tracking=dataclasses.replace(config.tracking, wandb="off"),

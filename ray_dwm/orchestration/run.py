@@ -58,6 +58,9 @@ def absolute(config: RunConfig) -> RunConfig:
     for name in ("init_from", "trajectory"):
         if data["dwm"][name]:
             data["dwm"][name] = str(Path(data["dwm"][name]).expanduser().absolute())
+    group_dro = data["weighting"]["group_dro"]
+    if group_dro["reference"]:
+        group_dro["reference"] = str(Path(group_dro["reference"]).expanduser().absolute())
     for section in ("more_targets", "held_out"):
         folders = data["data"][section]
         data["data"][section] = {k: str(Path(v).expanduser().absolute()) for k, v in folders.items()}

@@ -20,18 +20,16 @@ from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, DomainStats, Manifest, ShardFile, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
-from ray_dwm.engine.setup import target_sets
-from ray_dwm.errors import ConfigError, DataError, UserError
+from ray_dwm.errors import ConfigError, UserError
 from ray_dwm.orchestration.cluster import connect
+from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import record, scores
-from ray_dwm.selection.method import Scored, Task
-from ray_dwm.selection.methods import METHODS
+from ray_dwm.selection.method import Scored, Task, applies
+from ray_dwm.selection.methods import METHODS, score
+from ray_dwm.selection.targets import read_targets
 from ray_dwm.selection.write import ROWS_PER_FILE, write_part
-
-_LEAST_TARGET = 8
-"""Sequences below which a target set says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +43,7 @@ class Selection:
     """To be chosen."""
     folder: Path
     proxies: tuple[Proxy, ...]
+    domain_weights: DomainWeights | None
 
     @property
     def method(self) -> str:
@@ -54,10 +53,10 @@ class Selection:
     @property
     def scores_of(self) -> dict[str, Any]:
         """What the scores depend on."""
-        options = to_dict(self.config.selection)
+        depends = METHODS[self.method].depends
         return {
             "method": self.method,
-            "options": options.get(self.method, {}),
+            "options": depends(self.config.selection) if depends else self._options,
             "seed": self.config.seed,
             "pool": _digest(self.pool),
             "targets": {name: _digest(manifest) for name, manifest in self.targets.items()},
@@ -68,7 +67,13 @@ class Selection:
     def depends_on(self) -> dict[str, Any]:
         """What the chosen rows depend on."""
         s = self.config.selection
-        return {**self.scores_of, "rows": self.rows, "stratified": s.stratified, "temperature": s.temperature}
+        choice = {"rows": self.rows, "stratified": s.stratified, "temperature": s.temperature, "choice": self._options}
+        weights = {} if self.domain_weights is None else {"domain_weights": self.domain_weights.digest}
+        return {**self.scores_of, **choice, **weights}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dict(to_dict(self.config.selection).get(self.method, {}))
 
 
 def plan_selection(config: RunConfig) -> Selection:
@@ -83,40 +88,20 @@ def plan_selection(config: RunConfig) -> Selection:
     if not config.data.train:
         raise ConfigError("data.train is empty: name the pool, a folder of token shards")
     pool = load_manifest(config.data.train)
-    targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()} if method.targeted else {}
-    if method.targeted:
-        check_targets(config, pool, targets)
+    targets = read_targets(config, pool) if applies(method.targeted, config.selection) else {}
+    rows = _rows(config, pool)
+    method.check(config.selection, pool, rows)
     selection = Selection(
         config=config,
         pool=pool,
         targets=targets,
-        rows=_rows(config, pool),
+        rows=rows,
         folder=Path(config.selection.output),
-        proxies=plan_proxies(config, pool, method.check_proxy) if method.proxies else (),
+        proxies=plan_proxies(config, pool, method.check_proxy) if applies(method.proxies, config.selection) else (),
+        domain_weights=plan_domain_weights(config, pool) if method.domain_weights else None,
     )
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
-
-
-def check_targets(config: RunConfig, pool: Manifest, targets: dict[str, Manifest]) -> None:
-    """Check that there are target sets that a selection from the pool can be for.
-
-    Raises:
-        ConfigError, DataError: naming the key or file and the remedy.
-    """
-    if not targets:
-        raise ConfigError(f"data.target is empty: selection by {config.data.selection} needs a target set")
-    for name, target in targets.items():
-        if target.tokenizer_sha256 != pool.tokenizer_sha256:
-            raise DataError(
-                f"{target.folder} (set {name}) was made with tokenizer {target.tokenizer_name}, the pool {pool.folder} "
-                f"with {pool.tokenizer_name}, another one: prepare both with the same tokenizer"
-            )
-        if target.rows < _LEAST_TARGET:
-            raise DataError(
-                f"{target.folder} (set {name}) has {target.rows} sequences: a selection needs at least "
-                f"{_LEAST_TARGET}, prepare a larger target set"
-            )
 
 
 def _rows(config: RunConfig, pool: Manifest) -> int:
@@ -158,7 +143,7 @@ def select(config: RunConfig) -> Path:
         return folder
     connect(config)
     try:
-        work = _work_folder(selection)
+        work = work_folder(selection)
         _fill(selection, work)
         os.rename(work / "shards", folder)
         shutil.rmtree(work, ignore_errors=True)
@@ -189,10 +174,10 @@ def _holds(path: Path, content: dict[str, Any]) -> bool:
     return path.is_file() and content.items() <= read_json(path).items()
 
 
-def _work_folder(selection: Selection) -> Path:
+def work_folder(selection: Selection) -> Path:
     """Where blocks are kept until all is done; what another selection has left there goes."""
     work = selection.folder.parent / f".{selection.folder.name}.work"
-    key = {**selection.depends_on, "block_rows": selection.config.selection.block_rows}
+    key = {**selection.depends_on, "block_tokens": selection.config.selection.block_tokens}
     if work.exists() and (
         not (work / "key.json").exists() or read_json(work / "key.json") != json.loads(json.dumps(key))
     ):
@@ -206,15 +191,11 @@ def _fill(selection: Selection, work: Path) -> None:
     started = time.monotonic()
     config, pool, method = selection.config, selection.pool, METHODS[selection.method]
     sweep = RaySweep(work, config.selection)
-    task = Task(
-        options=config.selection,
-        seed=config.seed,
-        pool=pool,
-        targets=selection.targets,
-        sweep=sweep,
-        proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
-    )
-    scored = _scored(selection, task, work)
+    task = task_of(selection, sweep)
+    if (weights := selection.domain_weights) is not None:
+        ready = weights.ready(pool, selection.rows, sweep, work / "shards")
+        task = dataclasses.replace(task, domain_weights=ready)
+    scored = scored_pool(selection, task, work)
     rows = method.choose(task, scored, selection.rows)
     files, domains = _write_rows(selection, sweep, work, rows)
     shards = work / "shards"
@@ -237,17 +218,29 @@ def _fill(selection: Selection, work: Path) -> None:
     write_whole(shards / record.RECORD, json.dumps(content, indent=2) + "\n")
 
 
-def _scored(selection: Selection, task: Task, work: Path) -> Scored:
-    """Scores of the whole pool, from a file or by the method."""
+def task_of(selection: Selection, sweep: RaySweep) -> Task:
+    """What the method is given, its proxies ready."""
+    config, pool = selection.config, selection.pool
+    return Task(
+        options=config.selection,
+        seed=config.seed,
+        pool=pool,
+        targets=selection.targets,
+        sweep=sweep,
+        proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
+    )
+
+
+def scored_pool(selection: Selection, task: Task, work: Path) -> Scored:
+    """Scores of the whole pool, from a file or by the method; where they are kept, in the shards of the work folder."""
     options, digest = task.options, _hash(selection.scores_of)
     if options.scores:
         scored = scores.read(Path(options.scores).expanduser(), task.pool, digest)
     else:
-        scorer = METHODS[selection.method].prepare(task)
-        blocks = partial(task.sweep, f"scores by {selection.method}", str(task.pool.folder), scores.Keyed(scorer))
-        scored = scores.gather(blocks(), task.pool)
+        blocks = score(selection.method, task)
         if options.keep_scores:
-            scores.write(work / "shards" / scores.FILE, blocks(), task.pool, digest)
+            blocks = scores.kept(work / "shards" / scores.FILE, blocks, task.pool, digest)
+        scored = scores.gather(blocks, task.pool)
     scores.require_usable(scored, selection.method)
     return scored
 

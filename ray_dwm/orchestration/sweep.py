@@ -39,8 +39,9 @@ class RaySweep:
         """
         results = self._work / _file_name(name)
         results.mkdir(parents=True, exist_ok=True)
-        size = block or self.options.block_rows
-        total, numbers = load_manifest(folder).rows if rows is None else len(rows), ""
+        manifest = load_manifest(folder)
+        size = block or max(1, self.options.block_tokens // manifest.seq_len)
+        total, numbers = manifest.rows if rows is None else len(rows), ""
         if rows is not None:
             numbers = str(results / "rows.npy")
             with replacing(Path(numbers)) as temporary, temporary.open("wb") as stream:

@@ -6,43 +6,23 @@ import math
 from dataclasses import dataclass, replace
 
 from ray_dwm.core import budget
-from ray_dwm.core.costs import (
-    Speed,
-    StepTime,
-    dwm_forward_seconds,
-    estimator_seconds,
-    forward_flops,
-    offload_seconds,
-    pass_time,
-)
+from ray_dwm.core.costs import Speed, StepTime, dwm_forward_seconds, forward_seconds, offload_seconds
+from ray_dwm.core.links import Links
 from ray_dwm.core.memory import FRAMEWORK, Phase
-from ray_dwm.core.traffic import Links, Traffic, lm_traffic, step_traffic, upper_traffic
-from ray_dwm.core.upper_memory import FINITE_DIFFERENCES, Upper
+from ray_dwm.core.traffic import Traffic, added, gather, lm_traffic, step_traffic
 from ray_dwm.models.dwm import SIZES
 from ray_dwm.planning.inputs import Job
-from ray_dwm.planning.memory import run_peak
+from ray_dwm.planning.memory import host_bytes, run_peak
+from ray_dwm.planning.visit import Visit, lm_step, visit
 
 USABLE = 0.9
-"""Part of a GPU's memory that a plan fills: predictions are within a tenth of what is measured
+"""Part of what CUDA reports of a GPU's memory that a plan fills: predictions are within a tenth of what is measured
 (benchmarks/memory_model.py), and an allocator loses some to fragments."""
+HOST_USABLE = 0.8
+"""Part of a host's memory that a plan fills, a figure of ours: the rest is for the system, Ray and its object store."""
 
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """Seconds that a bi-level step takes beyond the LM's own."""
-
-    target_gradient: float
-    direction: float
-    contraction: float
-    communication: float
-    """Of direction and contraction, as far as nothing hides it."""
-    checks: float
-    """Of a checked step, spread over all of them."""
-
-    @property
-    def total(self) -> float:
-        """Seconds."""
-        return self.target_gradient + self.direction + self.contraction + self.communication + self.checks
+REVIEWS = 8
+"""Choices of a budget that are followed; two or three are enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +32,13 @@ class Estimate:
     job: Job
     speed: Speed
     memory: Phase
-    """The peak of a rank, without what the framework needs beside tensors."""
+    """The peak of a rank, without what the framework needs beside tensors; of an elastic group, with the fewest too."""
+    host: float
+    """Bytes that the run's ranks hold in a node's memory where parameters are there; 0 where they are not."""
     step: StepTime
     """Of an LM step alone."""
     weigh: float
-    """Seconds that the DWM's forward adds to every step."""
+    """Seconds that weighing adds to every step."""
     visit: Visit | None
     every: float
     target_batch: int
@@ -72,16 +54,32 @@ class Estimate:
     @property
     def room(self) -> float:
         """Bytes that are left; negative: that lack."""
-        return USABLE * self.speed.gpu.memory - self.needed
+        return rooms(self.speed, self.memory, self.host)[0]
+
+    @property
+    def host_room(self) -> float:
+        """Bytes that are left of a node's memory; negative: that lack."""
+        return rooms(self.speed, self.memory, self.host)[1]
+
+    @property
+    def lacks(self) -> float:
+        """Bytes that lack on a GPU and in a node's memory."""
+        return max(0.0, -self.room) + max(0.0, -self.host_room)
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has them."""
-        return self.room >= 0
+        """Whether GPU and host have what is needed."""
+        return self.lacks == 0
+
+    @property
+    def gpus(self) -> float:
+        """That are held: one for each worker, and the DWM actor's."""
+        cluster = self.job.config.cluster
+        return self.job.workers + (cluster.dwm_gpus if self.job.config.learns_dwm else 0.0)
 
     @property
     def overhead(self) -> float:
-        """What the DWM adds, over an LM step alone."""
+        """What weights and the DWM add, over an LM step alone."""
         added = self.weigh + (self.visit.total / self.every if self.visit is not None else 0.0)
         return added / self.step.total
 
@@ -92,7 +90,7 @@ class Estimate:
 
     @property
     def tokens_per_s(self) -> float:
-        """Over all GPUs."""
+        """Over all workers."""
         return self.job.config.train.global_batch * self.job.seq_len / self.step_seconds
 
     @property
@@ -108,90 +106,104 @@ class Estimate:
 
     @property
     def gpu_hours(self) -> float:
-        """Over all GPUs."""
-        return self.hours * self.job.workers
+        """Of all GPUs that are held."""
+        return self.hours * self.gpus
 
 
 def estimate(job: Job, speed: Speed) -> Estimate:
     """What a run will need."""
-    copies = job.workers // job.layout.shard
-    links = Links.of(speed.gpu, job.layout, copies)
-    micro, passes = job.micro_batch, job.micro_batches
-    step = pass_time(job.llama, job.layout, copies, speed, passes, micro.tokens, job.seq_len)
-    step = replace(step, transfer=offload_seconds(job.llama, job.layout, speed, passes))
-    traffic = lm_traffic(job.llama, job.layout, copies, passes)
-    weigh = _weigh(job, speed)
-    visit, every, target_batch = None, math.inf, 0
-    upper = job.upper
-    if upper is not None:
-        every, target_batch = job.every, job.config.bilevel.target_batch
-        sent = _upper_traffic(job, upper)
-        visit = _visit(job, speed, links, upper, step, sent)
-        if every == 0:
-            chosen = _choose(job, visit, step.total, weigh)
-            every, target_batch = chosen.every, chosen.target_batch
-            share = target_batch / job.config.bilevel.target_batch
-            visit = replace(visit, target_gradient=visit.target_gradient * share)
-        for kind, amount in sent.items():
-            traffic[kind] = traffic.get(kind, 0) + amount / every
-    for kind, amount in traffic_of_weights(job).items():
-        traffic[kind] = traffic.get(kind, 0) + amount
-    return Estimate(job, speed, run_peak(job), step, weigh, visit, every, target_batch, traffic, links)
+    step = lm_step(job, speed)
+    step = replace(step, transfer=offload_seconds(job.llama, job.layout, speed, job.micro_batches))
+    weigh, traffic = _weigh(job, speed)
+    traffic = added((1, lm_traffic(job.llama, job.layout, job.copies, job.micro_batches)), (1, traffic))
+    found, every, target_batch = None, math.inf, 0
+    if job.config.learns_dwm:
+        settled = job if job.every else _within_budget(job, speed, step, weigh)
+        every, target_batch = settled.every, settled.config.bilevel.target_batch
+        found, sent = visit(settled, speed, step)
+        traffic = added((1, traffic), (1 / every, sent))
+    memory, host = held(job, speed)
+    links = Links.of(speed.gpu, job.layout, job.copies)
+    return Estimate(job, speed, memory, host, step, weigh, found, every, target_batch, traffic, links)
 
 
-def traffic_of_weights(job: Job) -> Traffic:
-    """Bytes that a rank sends in every step because sequences have weights."""
-    if job.config.weighting.method != "dwm":
-        return {}
-    return step_traffic(job.workers, job.config.train.global_batch, SIZES[job.config.dwm.size]["width"])
+def held(job: Job, speed: Speed) -> tuple[Phase, float]:
+    """(the peak of a rank, bytes in a node's host), with as few workers as an elastic group may have, too."""
+    sizes = [job, job.smallest] if job.config.cluster.elastic else [job]
+    memory = max((run_peak(x) for x in sizes), key=lambda phase: phase.total)
+    return memory, max(host_bytes(x, speed.gpu.per_node) for x in sizes)
 
 
-def _weigh(job: Job, speed: Speed) -> float:
-    """The DWM's forward, and the LM's over the batch where it looks at losses that no forward has yet."""
-    config = job.config
-    if config.weighting.method != "dwm":
-        return 0.0
-    size, tokens = SIZES[config.dwm.size], job.local_batch * job.seq_len
-    again = config.dwm.lm_features and job.micro_batches > 1
-    extra = tokens * forward_flops(job.llama, job.seq_len) / speed.flops if again else 0.0
-    return dwm_forward_seconds(size["width"], size["layers"], speed, tokens) + extra
+def rooms(speed: Speed, memory: Phase, host: float) -> tuple[float, float]:
+    """Bytes that are left of a GPU and of a node's memory; negative: that lack."""
+    gpu = speed.gpu
+    return USABLE * gpu.memory - memory.total - FRAMEWORK, HOST_USABLE * gpu.host_memory - host
 
 
-def _target_passes(job: Job, upper: Upper) -> tuple[int, int]:
-    """(micro-batches of all target sets, sequences in each)."""
-    sequences = min(job.micro_batch.sequences, upper.targets)
-    return upper.sets * -(-upper.targets // sequences), sequences
+def _weigh(job: Job, speed: Speed) -> tuple[float, Traffic]:
+    """Seconds and bytes that weights add to every step: the DWM's forward, and what is found out about sequences.
+
+    Where micro-batches accumulate, statistics take forwards of their own; they leave the root gathered, and without
+    resharding the blocks too, so the step need not gather those again.
+    """
+    config, lm, passes = job.config, (job.llama, job.layout, job.copies), job.micro_batches
+    if config.weighting.method == "uniform":
+        return 0.0, {}
+    tokens, numbers, seconds = job.local_batch * job.seq_len, job.statistics, 0.0
+    if config.weighting.method == "dwm":
+        size = SIZES[config.dwm.size]
+        numbers += size["width"] + 1
+        seconds += dwm_forward_seconds(size["width"], size["layers"], speed, tokens)
+    traffic = step_traffic(job.workers, job.rows, numbers)
+    links = Links.of(speed.gpu, job.layout, job.copies)
+    gathers = (
+        (config.weighting.method == "dwm") + (job.statistics > 0) + 2
+    )  # encodings, statistics; for the record: two
+    seconds += links.seconds(traffic)["DWM"] + gathers * links.all_latency
+    if job.statistics and passes > 1:
+        seconds += forward_seconds(*lm, speed, passes, tokens, job.seq_len)
+        again = passes * job.llama.layers * job.llama.block_parameters if job.layout.reshard else 0
+        traffic["all-gather"] = gather(job.layout.compute * again, job.layout.shard)
+    if config.weighting.method == "joint_update_aware":
+        more, sent = _anchor(job, speed)
+        seconds, traffic = seconds + more, added((1, traffic), (1, sent))
+    return seconds, traffic
 
 
-def _upper_traffic(job: Job, upper: Upper) -> Traffic:
-    copies, batch = job.workers // job.layout.shard, job.config.train.global_batch
-    passes = -(-upper.contracted // job.micro_batch.sequences)
-    target = _target_passes(job, upper)[0]
-    return upper_traffic(job.llama, job.layout, copies, upper, target, passes, job.seq_len, batch)
+def _anchor(job: Job, speed: Speed) -> tuple[float, Traffic]:
+    """Of `joint_update_aware`, in a mean step: the target sequences' embeddings (engine/baselines.py)."""
+    config, lm = job.config.weighting, (job.llama, job.layout, job.copies)
+    share = -(-config.anchor_sequences // job.workers)
+    passes = -(-share // job.config.train.micro_batch)
+    seconds = forward_seconds(*lm, speed, passes, share * job.seq_len, job.seq_len)
+    sent = lm_traffic(*lm, passes, backward=False)
+    sent["DWM"] = gather(4 * share * job.workers * job.llama.width, job.workers)
+    return seconds / config.anchor_every, added((1 / config.anchor_every, sent))
 
 
-def _visit(job: Job, speed: Speed, links: Links, upper: Upper, step: StepTime, sent: Traffic) -> Visit:
-    config, llama, copies = job.config.bilevel, job.llama, job.workers // job.layout.shard
-    target, sequences = _target_passes(job, upper)
-    gradient = pass_time(llama, job.layout, copies, speed, target, sequences * job.seq_len, job.seq_len).total
-    tokens = upper.contracted * job.seq_len
-    parts = estimator_seconds(llama, job.layout, speed, upper, tokens, job.seq_len)
-    own = lm_traffic(llama, job.layout, copies, target)
-    extra = sum(links.seconds({kind: sent[kind] - own.get(kind, 0.0) for kind in sent}).values())
-    hides = parts["contraction"] if upper.estimator in (*FINITE_DIFFERENCES, "ghost") else 0.0
-    checks = 0.0
-    if config.fidelity_every:
-        forward = forward_flops(llama, job.seq_len) * job.seq_len / speed.flops
-        judged = -(-config.fidelity_sequences // job.workers)
-        checks = (step.total + (4 * judged + 2 * upper.targets * upper.sets) * forward) / config.fidelity_every
-    communication = max(0.0, extra - hides)
-    return Visit(gradient / config.reuse, parts["direction"], parts["contraction"], communication, checks)
+def _within_budget(job: Job, speed: Speed, step: StepTime, weigh: float) -> Job:
+    """The run with N and target batch of its budget (bilevel.every=0), as it would choose them from these times.
+
+    A run measures anew after a choice, and a smaller target batch need not take less: every rank has at least one of
+    its sequences. So the choice is made until it stays.
+    """
+    config, unit = job.config.bilevel, 1 + len(job.config.data.more_targets)
+    settled = _with_bilevel(job, budget.USUAL_EVERY, config.target_batch)
+    for _ in range(REVIEWS):
+        found, _ = visit(settled, speed, step)
+        costs = budget.Costs(
+            plain=step.total,
+            always=weigh,
+            fixed=found.direction + found.contraction + found.communication + found.checks,
+            target_sequence=found.target_gradient / settled.config.bilevel.target_batch,
+        )
+        chosen = budget.choose(costs, config.max_overhead, config.target_batch, unit)
+        before, settled = settled, _with_bilevel(job, chosen.every, chosen.target_batch)
+        if settled == before:
+            break
+    return settled
 
 
-def _choose(job: Job, visit: Visit, plain: float, weigh: float) -> budget.Choice:
-    """N and target batch of a budget (bilevel.every=0), as the run itself would choose them from these times."""
-    config = job.config.bilevel
-    per_sequence = visit.target_gradient / config.target_batch
-    fixed = visit.direction + visit.contraction + visit.communication
-    costs = budget.Costs(plain=plain, always=weigh, fixed=fixed, target_sequence=per_sequence)
-    return budget.choose(costs, config.max_overhead, config.target_batch, 1 + len(job.config.data.more_targets))
+def _with_bilevel(job: Job, every: int, target_batch: int) -> Job:
+    bilevel = replace(job.config.bilevel, every=every, target_batch=target_batch)
+    return replace(job, config=replace(job.config, bilevel=bilevel))

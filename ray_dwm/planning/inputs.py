@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.accounting import Llama
 from ray_dwm.core.memory import Layout, MicroBatch
+from ray_dwm.core.schedules import Staged
 from ray_dwm.core.upper_memory import Upper
-from ray_dwm.data.manifest import find_manifest
+from ray_dwm.data.manifest import Manifest, find_manifest
+from ray_dwm.errors import ConfigError
 from ray_dwm.models.dwm import SIZES
 from ray_dwm.models.lm import llama
 
@@ -27,6 +30,8 @@ class Job:
     seq_len: int
     assumed: tuple[str, ...] = ()
     """What no file and no option says."""
+    notes: tuple[str, ...] = ()
+    """What is easily overlooked."""
 
     @property
     def workers(self) -> int:
@@ -50,6 +55,11 @@ class Job:
         )
 
     @property
+    def copies(self) -> int:
+        """Of the LM."""
+        return self.workers // self.layout.shard
+
+    @property
     def local_batch(self) -> int:
         """Sequences of a worker in a step, padding included."""
         return -(-self.config.train.global_batch // self.workers)
@@ -66,6 +76,32 @@ class Job:
         return -(-self.local_batch // self.micro_batch.sequences)
 
     @property
+    def rows(self) -> int:
+        """Sequences of the global batch, padding included."""
+        return self.local_batch * self.workers
+
+    @property
+    def head_chunks(self) -> int:
+        """Parts of a micro-batch for which the LM calls its head (models/lm.py, `chunk`)."""
+        chunk = self.config.parallel.loss_chunk
+        return -(-self.seq_len // max(1, chunk // self.micro_batch.sequences)) if chunk else 1
+
+    @property
+    def statistics(self) -> int:
+        """Numbers of the LM about each sequence that the weighting looks at (engine/weighting.py, `Statistics`)."""
+        of_dwm = 2 if self.config.dwm.lm_features else 0
+        numbers = {"uniform": 0, "dwm": of_dwm, "loss": 1, "joint_update_aware": self.llama.width}
+        return numbers[self.config.weighting.method]
+
+    @property
+    def smallest(self) -> Job:
+        """The run with the fewest workers: of an elastic group, those with most on each."""
+        if not self.config.cluster.elastic:
+            return self
+        cluster = dataclasses.replace(self.config.cluster, workers=self.config.cluster.least_workers)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, cluster=cluster))
+
+    @property
     def upper(self) -> Upper | None:
         """The bi-level step; None where no DWM is learnt."""
         c, b = self.config, self.config.bilevel
@@ -75,12 +111,14 @@ class Job:
         return Upper(
             estimator=b.estimator,
             rank=b.rank,
-            contracted=math.ceil(self.local_batch * b.fraction),
+            contracted=-(-self.local_batch // round(1 / b.fraction)),
             targets=math.ceil(b.target_batch / sets / self.workers),
+            at_once=c.train.micro_batch,
             sets=sets,
             at_theta=b.target_at == "theta",
             reuse=b.reuse > 1,
             hold=b.stage_lm == "hold",
+            statistics=self.statistics,
         )
 
     @property
@@ -92,6 +130,22 @@ class Job:
         if b.stages:
             return c.train.steps / (b.stages * b.stage_updates)
         return b.every
+
+    @property
+    def update_steps(self) -> tuple[int, ...]:
+        """LM steps of the bi-level steps: all of staged ones, else until reuse and checks begin anew."""
+        c, b = self.config, self.config.bilevel
+        if not b.stages:
+            period = b.reuse * max(1, b.fidelity_every) if b.reuse > 1 else 1
+            return tuple(n * b.every for n in range(min(period, -(-c.train.steps // b.every))))
+        stages = Staged(
+            stages=b.stages,
+            updates=b.stage_updates,
+            total_steps=c.train.steps,
+            warmup_steps=b.warmup_steps,
+            delay_steps=c.dwm.delay_steps,
+        )
+        return tuple(stages.start(stage) + k for stage in range(b.stages) for k in range(b.stage_updates))
 
     @property
     def dwm_parameters(self) -> int:
@@ -108,6 +162,9 @@ def job(config: RunConfig, vocab: int = 0) -> Job:
 
     Args:
         vocab: the vocabulary, where there is no manifest; 0: assume the usual one.
+
+    Raises:
+        ConfigError: the preset is not known, or sequences are longer than the shards'.
     """
     manifest = find_manifest(config.data.train)
     assumed = []
@@ -116,9 +173,32 @@ def job(config: RunConfig, vocab: int = 0) -> Job:
     elif not vocab:
         vocab = USUAL_VOCABULARY
         assumed.append(f"vocabulary {vocab:,} (no manifest in data.train: --vocab says otherwise)")
-    seq_len = config.lm.seq_len or (manifest.seq_len if manifest else config.prepare.seq_len)
+    prepared = manifest.seq_len if manifest else config.prepare.seq_len
     if not config.lm.seq_len and manifest is None:
-        assumed.append(f"sequences of {seq_len:,} tokens (prepare.seq_len)")
+        assumed.append(f"sequences of {prepared:,} tokens (prepare.seq_len)")
     if config.lm.attention in ("math", "eager"):
         assumed.append(f"attention that saves no scores, which lm.attention={config.lm.attention} does")
-    return Job(config=config, llama=llama(config.lm.preset, vocab), seq_len=seq_len, assumed=tuple(assumed))
+    return Job(
+        config=config,
+        llama=llama(config.lm.preset, vocab),
+        seq_len=config.lm.seq_len or prepared,
+        assumed=tuple(assumed),
+        notes=_notes(config, manifest, prepared),
+    )
+
+
+def _notes(config: RunConfig, manifest: Manifest | None, prepared: int) -> tuple[str, ...]:
+    """What is easily overlooked; refused as a run would refuse it: longer sequences than the shards hold."""
+    used, train = config.lm.seq_len, config.train
+    if manifest is not None and used > prepared:
+        raise ConfigError(
+            f"lm.seq_len is {used}, the shards in {manifest.folder} hold {prepared} tokens a sequence: lower it or "
+            "prepare anew"
+        )
+    if not 0 < used < prepared:
+        return ()
+    less, all_of_them = (train.steps * train.global_batch * x / 1e9 for x in (used, prepared))
+    return (
+        f"lm.seq_len={used} uses the first {used:,} of {prepared:,} tokens of each sequence: {less:.3g} B tokens in "
+        f"train.steps={train.steps}, not {all_of_them:.3g} B",
+    )

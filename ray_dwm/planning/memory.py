@@ -41,3 +41,17 @@ def weighing(job: Job) -> float:
     width = SIZES[job.config.dwm.size]["width"]
     copies = 1 + (2 * 3 if job.config.cluster.gpus_per_worker == 0 else 0)
     return FP32 * (copies * job.dwm_parameters + job.local_batch * job.seq_len * 6 * width)
+
+
+def host_bytes(job: Job, per_node: int) -> float:
+    """Of a node whose host holds parameters, gradients and optimizer of its ranks' shards: 0 where GPUs hold them.
+
+    With them: the copy of parameters and optimizer that an asynchronous checkpoint writes from, and what waits to be
+    read. Pinned tensors are not rounded up to powers of two here, which torch's host allocator may do.
+    """
+    layout = job.layout
+    if not layout.offload:
+        return 0.0
+    numbers = 2 + layout.moments + (1 + layout.moments if job.config.checkpoint.asynchronous else 0)
+    waiting = job.config.cluster.ingest_memory_mb * 2**20
+    return min(per_node, job.workers) * (FP32 * numbers * job.llama.parameters / layout.shard + waiting)

@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ray_dwm.config import RunConfig
+from ray_dwm.config import ParallelConfig, RunConfig
 from ray_dwm.core.activations import Checkpointing
 from ray_dwm.core.costs import Speed
 from ray_dwm.core.hardware import GPUS, gpu
 from ray_dwm.errors import ConfigError, ResourceError
-from ray_dwm.planning.estimate import Estimate, estimate
+from ray_dwm.planning.estimate import Estimate, estimate, held, rooms
 from ray_dwm.planning.inputs import Job
 
 CHUNKS = (0, 32768, 8192, 2048)
@@ -30,7 +30,7 @@ class Found:
     best: Estimate | None
     """The fastest that fits; among those alike, the one with the fewest micro-batches, then the least memory."""
     leanest: Estimate
-    """The one with the least memory."""
+    """The one that lacks the least memory."""
 
 
 def divisors(number: int) -> list[int]:
@@ -40,10 +40,11 @@ def divisors(number: int) -> list[int]:
 
 def search(job: Job, speed: Speed) -> Found:
     """Try every layout; with parameters in the host's memory only where nothing else fits and no DWM is learnt."""
-    tried = [estimate(candidate, speed) for candidate in candidates(job, offload=False)]
+    own = [job] if job.config.parallel.cpu_offload else []  # which is tried whatever else fits
+    tried = [estimate(candidate, speed) for candidate in (*map(plain, own), *candidates(job, offload=False))]
     if not any(x.fits for x in tried) and not job.config.learns_dwm:
         tried += [estimate(candidate, speed) for candidate in candidates(job, offload=True)]
-    leanest = min(tried, key=lambda x: x.needed)
+    leanest = min(tried, key=lambda x: (x.lacks, x.needed))
     fitting = [x for x in tried if x.fits]
     if not fitting:
         return Found(None, leanest)
@@ -52,11 +53,26 @@ def search(job: Job, speed: Speed) -> Found:
     return Found(min(alike, key=lambda x: (x.job.micro_batches, x.needed)), leanest)
 
 
+def feasible(job: Job, speed: Speed) -> Job | None:
+    """A layout that fits, as `search` would find one, from memory alone.
+
+    Only the smallest micro-batches and the largest are looked at: memory grows with them, but before a single one's
+    backward there are no gradients yet.
+    """
+    for offload in (False, True)[: 1 if job.config.learns_dwm else 2]:
+        for x in candidates(job, offload):
+            extreme = x.config.train.micro_batch in (1, job.local_batch)
+            if extreme and min(rooms(speed, *held(x, speed))) >= 0:
+                return x
+    return None
+
+
 def candidates(job: Job, offload: bool) -> Iterator[Job]:
-    """The run in every layout that its configuration allows."""
-    config = job.config
-    axes = divisors(job.workers), CHECKPOINTING, (True, False), divisors(job.local_batch), CHUNKS
-    for shard, checkpointing, reshard, micro, chunk in itertools.product(*axes):
+    """The run as it is configured, if that has its parameters there, and in every other layout that is worth trying."""
+    config, own = job.config, plain(job)
+    if own.config.parallel.cpu_offload == offload:
+        yield own
+    for shard, checkpointing, reshard, micro, chunk in itertools.product(*_axes(job)):
         # Without shards there is nothing to reshard, and a chunk that is no smaller than a micro-batch is none.
         if (shard == 1 and not reshard) or chunk >= micro * job.seq_len:
             continue
@@ -68,14 +84,37 @@ def candidates(job: Job, offload: bool) -> Iterator[Job]:
             loss_chunk=chunk,
             cpu_offload=offload,
         )
-        train = dataclasses.replace(config.train, micro_batch=micro)
-        yield dataclasses.replace(job, config=dataclasses.replace(config, parallel=parallel, train=train))
+        other = _laid_out(job, parallel, micro)
+        if other != own:
+            yield other
+
+
+def _axes(
+    job: Job,
+) -> tuple[list[int], tuple[Checkpointing, ...], tuple[bool, ...], list[int], tuple[int, ...]]:
+    """What is tried of each key; of micro-batches of as many parts, the one with the most even parts."""
+    share = job.local_batch
+    shards = [0, 1] if job.config.cluster.elastic else divisors(job.workers)
+    return shards, CHECKPOINTING, (True, False), sorted({-(-share // n) for n in range(1, share + 1)}), CHUNKS
+
+
+def plain(job: Job) -> Job:
+    """The same layout in the words of the search: numbers for what is configured by 0, nothing that has no effect."""
+    parallel, micro = job.config.parallel, min(job.config.train.micro_batch, job.local_batch)
+    chunk = parallel.loss_chunk if parallel.loss_chunk < micro * job.seq_len else 0
+    shard = parallel.shard if job.config.cluster.elastic else job.layout.shard
+    return _laid_out(job, dataclasses.replace(parallel, shard=shard, loss_chunk=chunk), micro)
+
+
+def _laid_out(job: Job, parallel: ParallelConfig, micro: int) -> Job:
+    train = dataclasses.replace(job.config.train, micro_batch=micro)
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, parallel=parallel, train=train))
 
 
 def overrides(found: Estimate) -> str:
-    """A layout as overrides for the command line."""
+    """A layout as overrides for the command line; an elastic group stays elastic."""
     config = found.job.config
-    parallel = config.parallel
+    parallel, workers = config.parallel, config.cluster.workers
     words = {
         "parallel.shard": parallel.shard,
         "parallel.activation_checkpointing": parallel.activation_checkpointing,
@@ -83,7 +122,7 @@ def overrides(found: Estimate) -> str:
         "parallel.loss_chunk": parallel.loss_chunk,
         "train.micro_batch": config.train.micro_batch,
         **({"parallel.cpu_offload": "true"} if parallel.cpu_offload else {}),
-        "cluster.workers": config.cluster.most_workers,
+        "cluster.workers": workers if isinstance(workers, int) else ",".join(map(str, workers)),
         "cluster.gpus_per_worker": 1,
     }
     return " ".join(f"{key}={value}" for key, value in words.items())
@@ -100,7 +139,7 @@ def with_workers(config: RunConfig, workers: int) -> RunConfig:
 
 
 def nothing_fits(job: Job, speed: Speed, name: str, found: Found) -> ResourceError:
-    """One line: what lacks, and what would help; every remedy has been tried by the same search."""
+    """One line: what lacks, and what would help; every remedy has been tried."""
     lean = found.leanest
     helps = []
     for times in (2, 4, 8, 16):
@@ -108,24 +147,35 @@ def nothing_fits(job: Job, speed: Speed, name: str, found: Found) -> ResourceErr
             more = dataclasses.replace(job, config=with_workers(_whole(job.config), job.workers * times))
         except ConfigError:
             break
-        if search(more, speed).best is not None:
+        if feasible(more, speed) is not None:
             helps.append(f"{more.workers} GPUs")
             break
-    larger = sorted((g for g in GPUS if gpu(g).memory > speed.gpu.memory), key=lambda g: gpu(g).memory)
+    # Kinds of one nominal size report a little more or less.
+    larger = sorted((g for g in GPUS if gpu(g).memory > 1.05 * speed.gpu.memory), key=lambda g: gpu(g).memory)
     for other in larger:
-        if search(job, dataclasses.replace(speed, gpu=gpu(other))).best is not None:
+        if feasible(job, dataclasses.replace(speed, gpu=gpu(other))) is not None:
             helps.append(f"--gpu {other}")
             break
     half = dataclasses.replace(job, seq_len=job.seq_len // 2)
-    if job.seq_len >= 4 and search(half, speed).best is not None:
-        helps.append(f"lm.seq_len={half.seq_len}")
+    if job.seq_len >= 4 and feasible(half, speed) is not None:
+        helps.append(f"lm.seq_len={half.seq_len} (with half the tokens)")
     if job.config.learns_dwm:
         helps += _without_upper(job, speed)
     remedy = f"these would do: {', '.join(helps)}" if helps else "it needs more GPUs and larger ones, or a smaller LM"
     layout = overrides(lean).split(" cluster.")[0]
     return ResourceError(
         f"{job.config.lm.preset} does not fit {job.workers} {name}: the leanest layout ({layout}) needs "
-        f"{lean.needed / GIB:.1f} GiB on each GPU, {-lean.room / GIB:.1f} GiB more than it has to spare; {remedy}"
+        f"{shortfall(lean)}; {remedy}"
+    )
+
+
+def shortfall(x: Estimate) -> str:
+    """What a layout that does not fit needs, and how much of it lacks."""
+    if x.room < 0:
+        return f"{x.needed / GIB:.1f} GiB on each GPU, {-x.room / GIB:.1f} GiB more than it has to spare"
+    return (
+        f"{x.host / GIB:.1f} GiB of each node's memory, {-x.host_room / GIB:.1f} GiB more than it has to spare "
+        "(--host-memory-gb says what it has)"
     )
 
 
@@ -140,11 +190,11 @@ def _without_upper(job: Job, speed: Speed) -> list[str]:
     config, bilevel = job.config, job.config.bilevel
     if bilevel.fidelity_every:
         unchecked = dataclasses.replace(config, bilevel=dataclasses.replace(bilevel, fidelity_every=0))
-        if search(dataclasses.replace(job, config=unchecked), speed).best is not None:
+        if feasible(dataclasses.replace(job, config=unchecked), speed) is not None:
             found.append("bilevel.fidelity_every=0")
     uniform = dataclasses.replace(config, weighting=dataclasses.replace(config.weighting, method="uniform"))
-    best = search(dataclasses.replace(job, config=uniform), speed).best
-    if best is not None:
-        offloaded = " with parallel.cpu_offload=true" if best.job.config.parallel.cpu_offload else ""
+    fits = feasible(dataclasses.replace(job, config=uniform), speed)
+    if fits is not None:
+        offloaded = " with parallel.cpu_offload=true" if fits.config.parallel.cpu_offload else ""
         found.append(f"weighting.method=uniform{offloaded}")
     return found

@@ -25,6 +25,18 @@ def drawn(task: Task, scored: Scored, count: int) -> NDArray[np.int64]:
     return _within_domains(task, noisy, count, _highest)
 
 
+def equally(task: Task, scored: Scored, count: int, among: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """Rows drawn at random whatever their scores, ascending.
+
+    Args:
+        among: (n,), the rows that may be drawn, at least `count`; None: all of them.
+    """
+    noise = np.random.Generator(np.random.Philox(task.seed)).random(size=len(scored))
+    if among is not None:
+        noise[~among] = -np.inf
+    return _within_domains(task, Scored(noise, scored.domains), count, _highest)
+
+
 def _highest(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
@@ -37,11 +49,26 @@ def _within_domains(
 ) -> NDArray[np.int64]:
     if not task.options.stratified:
         return choose(scored.scores, count)
-    sizes = np.bincount(scored.domains, minlength=len(task.pool.domains))
+    domains = len(task.pool.domains)
+    sizes = np.bincount(scored.domains, minlength=domains)
+    available = np.bincount(scored.domains[scored.scores > -np.inf], minlength=domains)
+    return _of_each(scored, quotas(sizes / sizes.sum(), count, available), choose)
+
+
+def highest_of_each(scored: Scored, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """So many rows of each domain, by its code, those of the highest scores, ascending."""
+    return _of_each(scored, counts, _highest)
+
+
+def _of_each(
+    scored: Scored,
+    counts: NDArray[np.int64],
+    choose: Callable[[NDArray[np.float64], int], NDArray[np.int64]],
+) -> NDArray[np.int64]:
     parts = []
-    for code, quota in enumerate(quotas(sizes / sizes.sum(), count, sizes)):
+    for code, count in enumerate(counts):
         rows = np.flatnonzero(scored.domains == code)
-        parts.append(rows[choose(scored.scores[rows], int(quota))])
+        parts.append(rows[choose(scored.scores[rows], int(count))])
     return np.sort(np.concatenate(parts))
 
 

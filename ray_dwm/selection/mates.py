@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dwm.config import to_dict
+from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
 from ray_dwm.engine.probe import newest_step, open_prober
-from ray_dwm.errors import DataError
+from ray_dwm.errors import ConfigError, DataError
+from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.influence import Fit, Influence, standardised
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 from ray_dwm.selection.record import quantiles
@@ -31,6 +35,34 @@ def prepare(task: Task) -> RowFunction:
     """A model of the proxies' influences, standardised and averaged over them."""
     looks = [look_of(Path(folder)) for folder in task.proxies]
     return learn(task, looks, np.arange(task.pool.rows), task.pool.seq_len)
+
+
+def depends(options: SelectionConfig) -> dict[str, Any]:
+    """All options but those of a run's stages."""
+    return {key: value for key, value in to_dict(options.mates).items() if key not in ("stages", "candidates")}
+
+
+def check(options: SelectionConfig, pool: Manifest, count: int) -> None:
+    """See Method.check.
+
+    Raises:
+        ConfigError: there are fewer sequences than probes.
+    """
+    del count
+    check_probes(options, pool.rows)
+
+
+def check_probes(options: SelectionConfig, candidates: int) -> None:
+    """Compare the number of probes with that of the sequences that they are taken from.
+
+    Raises:
+        ConfigError: these are fewer.
+    """
+    if options.mates.probes > candidates:
+        raise ConfigError(
+            f"selection.mates.probes is {options.mates.probes}, and there are {candidates} sequences to choose from: "
+            "lower it"
+        )
 
 
 def look_of(folder: Path) -> Look:

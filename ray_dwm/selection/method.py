@@ -6,7 +6,7 @@ pool; from the scores of all rows it chooses the rows that fit the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +54,8 @@ class Task:
     """What the method has to say of itself; it is kept in selection.json."""
     proxies: tuple[str, ...] = ()
     """Hugging Face folders of the proxy LMs, checked, where the method needs some."""
+    domain_weights: Mapping[str, float] | None = None
+    """Domain -> its part of what is selected, where the method goes by that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,29 @@ class Scored:
         return len(self.scores)
 
 
-def nothing_more(folder: Path) -> None:
+def as_they_are(task: Task, blocks: Iterable[Arrays]) -> Iterable[Arrays]:
+    """See Method.finish."""
+    del task
+    return blocks
+
+
+def nothing_more(options: SelectionConfig, pool: Manifest, count: int) -> None:
+    """See Method.check."""
+    del options, pool, count
+
+
+def any_proxy(folder: Path) -> None:
     """See Method.check_proxy."""
     del folder
+
+
+When = bool | Callable[[SelectionConfig], bool]
+"""Always, never, or under some options."""
+
+
+def applies(when: When, options: SelectionConfig) -> bool:
+    """Whether it is so under these options."""
+    return when if isinstance(when, bool) else when(options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +102,21 @@ class Method:
 
     prepare: Callable[[Task], RowFunction]
     """Makes the scorer, whose result has `score` (n,) and, if it likes, further columns to be kept with the scores."""
+    finish: Callable[[Task, Iterable[Arrays]], Iterable[Arrays]] = as_they_are
+    """Turns what the scorer made of all rows, block by block, into scores, where these depend on other rows too."""
     choose: Callable[[Task, Scored, int], NDArray[np.int64]]
     """Chooses so many rows; they are written in the order in which it returns them."""
-    targeted: bool = True
+    targeted: When = True
     """Whether it needs a target set."""
-    proxies: bool = False
+    proxies: When = False
     """Whether it looks through proxy LMs."""
-    check_proxy: Callable[[Path], object] = nothing_more
+    check_proxy: Callable[[Path], object] = any_proxy
     """Refuses, before anything is scored, a proxy's folder in which the method does not find what it needs."""
+    domain_weights: bool = False
+    """Whether it goes by domain weights, which LMs learn beforehand."""
     ordered: bool = False
     """Whether the order of the chosen rows matters: training then reads them in that order."""
+    depends: Callable[[SelectionConfig], dict[str, Any]] | None = None
+    """What its scores depend on beside seed, pool and target sets, files' contents included; None: all its options."""
+    check: Callable[[SelectionConfig, Manifest, int], None] = nothing_more
+    """Refuses, before anything is scored, options that do not fit the pool or the number of rows."""

@@ -101,11 +101,12 @@ def token_ngrams(ids_nT: NDArray[np.integer], bigrams: bool, buckets: int) -> Ng
     """The n-grams of token ids, by a multiplicative hash."""
     ids = ids_nT.astype(np.uint64)
     keys = [ids, ids[:, :-1] * np.uint64(0x100000001B3) + ids[:, 1:] + np.uint64(1)][: 1 + bigrams]
-    with np.errstate(over="ignore"):
-        mixed = [(x ^ (x >> np.uint64(31))) * np.uint64(0x7FB5D329728EA185) >> np.uint64(16) for x in keys]
     rows = [np.repeat(np.arange(len(x)), x.shape[1]) for x in keys]
-    flat = np.concatenate([x.ravel() for x in mixed]) % np.uint64(buckets)
-    return Ngrams(flat.astype(np.int64), np.concatenate(rows))
+    flat = np.concatenate([x.ravel() for x in keys])
+    flat ^= flat >> np.uint64(31)
+    flat *= np.uint64(0x7FB5D329728EA185)
+    flat >>= np.uint64(16)
+    return Ngrams((flat % np.uint64(buckets)).view(np.int64), np.concatenate(rows))
 
 
 def ngrams(rows: Rows, folder: str, kind: str, bigrams: bool, buckets: int) -> Ngrams:

@@ -17,10 +17,10 @@ from ray_dwm.evaluation.perplexity import load_lm, row_losses
 _CHECKED_ROWS = 64
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def load_proxy(folder: str) -> nn.Module:
-    """A proxy LM in fp32 on this process's device, in evaluation mode, loaded once."""
-    return load_lm(Path(folder)).to(device())
+    """A proxy LM in fp32 on this process's device, in evaluation mode and frozen, loaded once."""
+    return load_lm(Path(folder)).to(device()).requires_grad_(False)
 
 
 def check_proxy(folder: str, pool: str, batch: int) -> None:

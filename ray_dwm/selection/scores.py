@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +62,8 @@ def require_usable(scored: Scored, method: str) -> None:
         )
 
 
-def write(path: Path, blocks: Iterable[Arrays], pool: Manifest, digest: str) -> None:
-    """Keep the scores, with what they are of; column `domain` has names."""
+def kept(path: Path, blocks: Iterable[Arrays], pool: Manifest, digest: str) -> Iterator[Arrays]:
+    """The blocks, written to a file as they pass, with what they are of; column `domain` has names."""
     names = pa.array(pool.domain_names)
     writer = None
     try:
@@ -73,6 +73,7 @@ def write(path: Path, blocks: Iterable[Arrays], pool: Manifest, digest: str) -> 
             table = pa.table(columns).replace_schema_metadata({_DIGEST: digest.encode()})
             writer = writer or pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
+            yield block
     finally:
         if writer is not None:
             writer.close()

@@ -8,7 +8,16 @@ import pytest
 
 from ray_dwm.core.accounting import Llama, train_flops_per_token
 from ray_dwm.core.activations import recomputed
-from ray_dwm.core.costs import Speed, estimator_seconds, forward_flops, pass_time
+from ray_dwm.core.costs import (
+    Speed,
+    estimator_seconds,
+    forward_flops,
+    forward_seconds,
+    micro_batches,
+    offload_seconds,
+    pass_time,
+    passes_time,
+)
 from ray_dwm.core.hardware import gpu
 from ray_dwm.core.memory import Layout
 from ray_dwm.core.upper_memory import Upper
@@ -52,6 +61,7 @@ def test_what_is_computed_again() -> None:
         return pass_time(LARGE, layout, 1, SPEED, 1, TOKENS, SEQ_LEN).again
 
     assert again(checkpointing="full") == pytest.approx(TOKENS * (FLOPS / 3 - HEAD) / SPEED.flops)
+    assert again(loss_chunk=TOKENS) == again(loss_chunk=10 * TOKENS) == 0  # which holds all of it
     assert again(loss_chunk=64) == pytest.approx(TOKENS * HEAD / SPEED.flops)
     bytes_again = 2 * 24 * recomputed(LARGE, 2, "selective")
     assert again(checkpointing="selective") == pytest.approx(TOKENS * bytes_again / 3.35e12)
@@ -94,3 +104,38 @@ def test_sketches_cost_less_than_a_forward_and_grow_with_their_rank() -> None:
 
     assert contraction(16) < contraction(32) < contraction(256)
     assert contraction(32) < 0.2 * TOKENS * forward_flops(LARGE, SEQ_LEN) / SPEED.flops
+
+
+@pytest.mark.parametrize(
+    ("sequences", "size", "parts"),
+    [(8, 8, [(1, 8)]), (8, 4, [(2, 4)]), (8, 3, [(2, 3), (1, 2)]), (3, 8, [(1, 3)])],
+)
+def test_a_last_micro_batch_may_be_smaller(sequences: int, size: int, parts: list[tuple[int, int]]) -> None:
+    assert micro_batches(sequences, size) == parts
+
+
+def test_micro_batches_of_several_sizes_add_up() -> None:
+    layout = Layout(compute=2, shard=8)
+    found = passes_time(LARGE, layout, 1, SPEED, [(2, 3), (1, 2)], SEQ_LEN)
+    three, two = (pass_time(LARGE, layout, 1, SPEED, 1, n * SEQ_LEN, SEQ_LEN) for n in (3, 2))
+    assert found.total == pytest.approx(2 * three.total + two.total)
+    assert found.compute == pytest.approx(TOKENS * FLOPS / SPEED.flops)
+
+
+def test_a_forward_without_a_backward_is_a_third_or_its_gathers() -> None:
+    alone = forward_seconds(LARGE, Layout(compute=2), 1, SPEED, 4, TOKENS, SEQ_LEN)
+    assert alone == pytest.approx(TOKENS * FLOPS / 3 / SPEED.flops)
+    # With next to no tokens: 7/8 of 2 bytes of the root once and of 24 blocks four times, at 0.8 * 450 GB/s.
+    bare = forward_seconds(LARGE, Layout(compute=2, shard=8), 1, SPEED, 4, 0, SEQ_LEN)
+    sent = 7 / 8 * 2 * (4 * 24 * LARGE.block_parameters + LARGE.root_parameters)
+    assert bare == pytest.approx(sent / (0.8 * 450e9) + (4 * 24 + 1) * (8.4e-6 + 7 * 3.4e-6))
+    held = forward_seconds(LARGE, Layout(compute=2, shard=8, reshard=False), 1, SPEED, 4, 0, SEQ_LEN)
+    assert held < 0.3 * bare
+
+
+@pytest.mark.parametrize(("moments", "updated"), [(2, 28), (1, 20), (0, 12)])
+def test_an_offloaded_optimizer_is_as_slow_as_its_bus(moments: int, updated: int) -> None:
+    """Three micro-batches: fp32 shards twice to the GPU, gradients back, and the update; half of 64 GB/s."""
+    layout = Layout(compute=2, shard=8, offload=True, moments=moments)
+    found = offload_seconds(LARGE, layout, SPEED, 3)
+    assert found == pytest.approx(PARAMETERS / 8 * (3 * 12 + updated) / 32e9)

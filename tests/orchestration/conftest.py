@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -47,7 +48,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     finally:
         # All at once: the head's blocking command lives on when only it is asked to end.
         for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it may have ended by itself
+                process.kill()
         head.wait(30)
 
 

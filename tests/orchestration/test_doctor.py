@@ -1,252 +1,42 @@
-"""`ray-dwm doctor`: what each check makes of what is there, and the command on a real cluster."""
+"""`ray-dwm doctor`: the limits it runs under, and the command on a real cluster."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from orchestration.conftest import ROOT, Console
-from packaging.requirements import Requirement
 from synthetic import tiny_config
+from typer.testing import CliRunner
 
+from ray_dwm.cli import app
 from ray_dwm.config import RunConfig, load, to_yaml
 from ray_dwm.data.manifest import file_sha256
-from ray_dwm.engine.selftest import AttentionProbe, GroupProbe
 from ray_dwm.errors import ResourceError
-from ray_dwm.orchestration import doctor, doctor_config, doctor_nodes, doctor_probes
-from ray_dwm.orchestration.doctor_nodes import Gpu, NodeFacts
+from ray_dwm.orchestration import cluster, doctor, doctor_config, doctor_probes
 from ray_dwm.orchestration.findings import Finding, has_failed, run_check
 
-GIB = 2**30
-H100 = Gpu(name="H100", memory_mib=81559, driver="570.1", compute_capability="9.0")
-A100 = Gpu(name="A100", memory_mib=40960, driver="570.1", compute_capability="8.0")
 
-
-def node(host: str = "a", **other: Any) -> NodeFacts:
-    facts: dict[str, Any] = {
-        "host": host,
-        "address": "10.0.0.1",
-        "python": "3.11.7",
-        "packages": {"torch": "2.13.0", "ray": "2.60.0"},
-        "gpus": (),
-        "open_files": 65536,
-        "shm_bytes": 8 * GIB,
-        "tmp_free_bytes": 50 * GIB,
-        "tmp_total_bytes": 100 * GIB,
-        "wandb_key": True,
-        "traps": (),
-        "resources": {"CPU": 8.0, "object_store_memory": 4.0 * GIB},
-    }
-    return NodeFacts(**facts | other)
-
-
-def config(*overrides: str) -> RunConfig:
-    return load([], ["train.micro_batch=1", *overrides])
-
-
-@pytest.mark.parametrize(
-    ("python", "have", "state", "words"),
-    [
-        ("3.11.7", {"torch": "2.13.0+cpu", "ray": "2.60.0"}, "ok", "torch 2.13.0+cpu"),
-        ("3.10.1", {"torch": "2.13.0", "ray": "2.60.0"}, "failed", "python 3.10.1 is not >=3.11"),
-        ("3.11.7", {"torch": "2.14.0", "ray": "2.60.0"}, "failed", "torch 2.14.0 is not <2.14,>=2.11"),
-        ("3.11.7", {"torch": "2.13.0"}, "failed", "ray is not installed"),
-    ],
-)
-def test_versions(python: str, have: dict[str, str], state: str, words: str) -> None:
-    wanted = [Requirement("torch>=2.11,<2.14"), Requirement("ray[data]>=2.60,<2.61")]
-    row = doctor_nodes.check_versions(">=3.11", wanted, python, have)
-    assert row.state == state
-    assert words in row.found
-
-
-def test_the_requirements_are_those_of_the_package_without_its_extras() -> None:
-    python, wanted = doctor_nodes.requirements()
-    names = {requirement.name for requirement in wanted}
-    assert python == ">=3.11"
-    assert {"torch", "ray", "pyarrow", "wandb"} <= names
-    assert not {"pytest", "torchopt"} & names
-
-
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ({"python": "3.11.9"}, None),
-        ({"python": "3.12.1"}, "b (10.0.0.1): python 3.12 (here 3.11)"),
-        ({"packages": {"torch": "2.12.0", "ray": "2.60.0"}}, "torch 2.12.0 (here 2.13.0)"),
-        ({"packages": {"torch": "2.13.0"}}, "ray none (here 2.60.0)"),
-    ],
-)
-def test_versions_on_nodes(other: dict[str, Any], words: str | None) -> None:
-    here = node()
-    row = doctor_nodes.check_same_versions(here.python, here.packages, [here, node("b", **other)])
-    assert row.state == ("failed" if words else "ok")
-    assert words is None or (row.found.startswith("b (") and words in row.found)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "asked", "state"),
-    [((), 0, "ok"), ((), 1, "failed"), ((H100, H100), 1, "ok"), ((H100, A100), 1, "warning"), ((H100,), 0, "warning")],
-)
-def test_gpus(gpus: tuple[Gpu, ...], asked: int, state: str) -> None:
-    row = doctor_nodes.check_gpus([node(), node("b", gpus=gpus)], config(f"cluster.gpus_per_worker={asked}"))
-    assert row.state == state
-    if gpus == (H100, H100):
-        assert row.found == "b (10.0.0.1): 2 x H100 (80 GiB, driver 570.1, capability 9.0)"
-        assert doctor_nodes.check_gpus([node(gpus=gpus)], None).state == "ok"
-
-
-@pytest.mark.parametrize(
-    ("other", "states"),
-    [({}, ["ok", "ok"]), ({"open_files": 1024}, ["warning", "ok"]), ({"tmp_free_bytes": 4 * GIB}, ["ok", "failed"])],
-)
-def test_limits(other: dict[str, Any], states: list[str]) -> None:
-    rows = doctor_nodes.check_limits([node(), node("b", **other)])
-    assert [row.state for row in rows] == states
-    assert all("b (10.0.0.1)" in row.found for row in rows if row.state != "ok")
-
-
-@pytest.mark.parametrize(
-    ("variables", "states"),
-    [
-        ({}, []),
-        ({"RAY_TRAIN_V2_ENABLED": "1"}, []),
-        ({"RAY_TRAIN_V2_ENABLED": "0"}, ["failed"]),
-        ({"http_proxy": "http://proxy"}, ["warning"]),
-        ({"http_proxy": "http://proxy", "no_proxy": "localhost,10.0.0.1"}, []),
-        ({"GLOO_SOCKET_IFNAME": "lo"}, []),
-        ({"NCCL_SOCKET_IFNAME": "^docker"}, []),
-        ({"NCCL_SOCKET_IFNAME": "nosuch0"}, ["failed"]),
-    ],
-)
-def test_traps(variables: dict[str, str], states: list[str]) -> None:
-    assert [trap.state for trap in doctor_nodes.traps(variables, "10.0.0.1")] == states
-
-
-def test_a_trap_of_several_nodes_is_one_row() -> None:
-    trap = Finding("environment", "failed", "X is off", "unset X")
-    assert doctor_nodes.check_traps((), [node()])[0].state == "ok"
-    nodes = [node(traps=(trap,)), node("b", traps=(trap,)), node("c")]
-    expected = "X is off (this process, a (10.0.0.1), b (10.0.0.1))"
-    assert doctor_nodes.check_traps((trap,), nodes) == [replace(trap, found=expected)]
-
-
-@pytest.mark.parametrize(("skew", "state"), [(0.0, "ok"), (4.9, "ok"), (61.0, "warning")])
-def test_clocks(skew: float, state: str) -> None:
-    assert doctor_nodes.check_clocks([node(), node("b", skew_s=skew)]).state == state
-
-
-@pytest.mark.parametrize(
-    ("mode", "key", "state"), [("online", True, "ok"), ("online", False, "failed"), ("auto", False, "ok")]
-)
-def test_wandb(mode: str, key: bool, state: str) -> None:
-    row = doctor_nodes.check_wandb(config(f"tracking.wandb={mode}"), [node(), node("b", wandb_key=key)])
-    assert row.state == state
-    assert state == "ok" or ("b (10.0.0.1)" in row.found and "a (" not in row.found)
-
-
-@pytest.mark.parametrize(("rows", "state", "words"), [(6400, "ok", "1.00 epochs"), (1000, "warning", "6.40 epochs")])
-def test_epochs(rows: int, state: str, words: str) -> None:
-    row = doctor_config.check_epochs(config("train.steps=100"), rows, tokens=100)
-    assert row.state == state
-    assert f"0.6 M tokens are {words}" in row.found
-
-
-@pytest.mark.parametrize(
-    ("overrides", "checkpoints"),
-    [
-        ([], 3),  # two kept, and one more while it is written
-        (["checkpoint.keep=5"], 5),  # the run makes four
-        (["checkpoint.keep_every=250"], 7),
-    ],
-)
-def test_disk_needed(overrides: list[str], checkpoints: int) -> None:
-    run = config("train.steps=1000", "checkpoint.every=250", "tracking.weights_every=10", *overrides)
-    expected = {"checkpoints": checkpoints * 12000, "exported LM": 4000, "weights": 100 * 64 * 26}
-    assert doctor_config.disk_needed(run, 1000) == expected
-
-
-@pytest.mark.parametrize(("free", "used", "state"), [(60.0, 0.0, "ok"), (40.0, 0.0, "failed"), (40.0, 20.0, "ok")])
-def test_disk(free: float, used: float, state: str) -> None:
-    # 1.345e9 parameters: three checkpoints of 15.04 GiB and an LM of 5.01 GiB are 50.13 GiB.
-    run = config("lm.preset=1.3b", "train.steps=1000")
-    row = doctor_config.check_disk(run, 32000, int(free * GIB), int(used * GIB))
-    assert row.state == state
-    assert "about 50.1" in row.found
-
-
-@pytest.mark.parametrize(
-    ("other", "found"),
-    [
-        ({}, []),
-        ({"resources": {"CPU": 2.0, "object_store_memory": 1.5 * GIB}}, []),  # it holds two workers
-        ({"resources": {"CPU": 8.0, "object_store_memory": 1.5 * GIB}}, ["4 workers may ask for 2063"]),
-        ({"shm_bytes": 64 * 2**20}, ["outside of /dev/shm (64 MiB)"]),
-    ],
-)
-def test_object_store(other: dict[str, Any], found: list[str]) -> None:
-    rows = doctor_config.check_object_store(config("cluster.workers=4"), [node("b", **other)], 5 * 2**20)
-    assert [row.state for row in rows] == ["warning" for _ in found] or ["ok"]
-    assert all(words in row.found for words, row in zip(found, rows, strict=False))
-
-
-@pytest.mark.parametrize(("free", "state"), [(8.0, "ok"), (1.0, "warning")])
-def test_resources_that_others_hold(free: float, state: str) -> None:
-    assert doctor_config.check_free(config(), 2, {"CPU": 8.0}, {"CPU": free}).state == state
-    elastic = config("cluster.workers=[1,4]")
-    row = doctor_config.check_free(elastic, 3, {"CPU": 3.0}, {"CPU": free})
-    assert row.state == state
-    assert row.found.startswith("the run holds 3 of 3 CPUs, 0 of 0 GPUs with 3 of at most 4 workers")
-
-
-@pytest.mark.parametrize(
-    ("trains", "forward", "overrides", "state", "words"),
-    [
-        (("flash", "math"), ("math",), [], "ok", "lm.attention=auto takes flash"),
-        (("flash", "math"), ("math",), ["lm.attention=cudnn"], "failed", "lm.attention=cudnn takes cudnn"),
-        (("flash", "math"), ("math",), ["lm.attention=eager"], "ok", "takes no kernel"),
-        (("flash",), (), [], "ok", "jvp and exact cannot work"),
-        (("flash",), (), ["bilevel.estimator=jvp"], "failed", "jvp and exact cannot work"),
-        ((), (), [], "failed", "none run"),
-    ],
-)
-def test_attention(
-    trains: tuple[str, ...], forward: tuple[str, ...], overrides: list[str], state: str, words: str
-) -> None:
-    probe = AttentionProbe(device="H100", trains=trains, forward_mode=forward, auto=trains[0] if trains else "none")
-    row = doctor_probes.judge_attention(probe, config(*overrides), "heads of 64")
-    assert row.state == state
-    assert words in row.found
-    assert bool(row.remedy) == (state == "failed")
-
-
-@pytest.mark.parametrize(
-    ("right", "error", "state"), [(True, 1e-8, "ok"), (False, 1e-8, "failed"), (True, 1e-2, "failed")]
-)
-def test_group(right: bool, error: float, state: str) -> None:
-    probe = GroupProbe(backend="gloo", world=2, device="CPU", sum_is_right=right, fsdp_error=error, bytes_per_s=2.5e9)
-    row = doctor_probes.judge_group(probe)
-    assert row.state == state
-    assert "2.50 GB/s" in row.found
-
-
-def test_ranks_are_told_of_each_other() -> None:
-    places = [("n1", "10.0.0.1", ["0"], 7000), ("n1", "10.0.0.1", ["1"], 7001), ("n2", "10.0.0.2", ["3"], 7002)]
-    told = doctor_probes.group_environments(places)
-    assert {t["MASTER_ADDR"] + ":" + t["MASTER_PORT"] for t in told} == {"10.0.0.1:7000"}
-    assert [t["RANK"] for t in told] == ["0", "1", "2"]
-    assert [t["CUDA_VISIBLE_DEVICES"] for t in told] == ["0,1", "0,1", "3"]
-    assert [t["LOCAL_RANK"] for t in told] == ["0", "1", "0"]
-    on_cpus = doctor_probes.group_environments([("n1", "10.0.0.1", [], 7000), ("n1", "10.0.0.1", [], 7001)])
-    assert [t["LOCAL_RANK"] for t in on_cpus] == ["0", "1"]
-    assert on_cpus[0]["CUDA_VISIBLE_DEVICES"] == "", "as the run's workers, they must not take a GPU of their node"
+def test_a_run_folder_that_is_complete_or_in_use(shards: dict[str, Path], tmp_path: Path) -> None:
+    run = tiny_config(shards, tmp_path)
+    run.run_dir.mkdir()
+    assert "exists and is continued" in doctor_config.check_run_folder(run, False).found
+    with (run.run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        row = doctor_config.check_run_folder(run, False)
+    assert row.state == "failed"
+    assert row.found == f"{run.run_dir} is in use by another process"
+    (run.run_dir / "summary.json").write_text("{}")
+    row = doctor_config.check_run_folder(run, False)
+    assert row.state == "warning"
+    assert "complete already" in row.found
 
 
 def test_what_a_node_says_of_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,10 +63,28 @@ def test_sets_that_train_would_make_first(shards: dict[str, Path], tmp_path: Pat
     texts = [f"prepare.tokenizer={corpus / 'tokenizer'}", f"prepare.target={corpus / 'target'}"]
     (row,) = doctor_config.check_sets(tiny_config(missing, tmp_path, *texts))
     assert row.state == "warning"
-    assert row.found == f"not there yet, and made by `train` first: {tmp_path / 'target'}"
+    assert row.found == f"not there yet, `train` makes them first: {tmp_path / 'target'}"
     assert not doctor_config.data_are_there(tiny_config(missing, tmp_path))
     assert doctor_config.data_are_there(tiny_config(shards, tmp_path))
     assert [row.state for row in doctor_config.check_sets(tiny_config(shards, tmp_path))] == ["ok", "ok"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_storage_check_that_is_cut_off_goes_with_the_process(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from ray_dwm.orchestration import doctor_probes
+from ray_dwm.orchestration.findings import run_check
+
+doctor_probes.alive_nodes = lambda: []
+doctor_probes.on_nodes = lambda *rest: time.sleep(60)
+storage = Path({str(tmp_path)!r}) / "new" / "runs"
+run_check("storage", lambda: doctor_probes.check_storage(storage, [], 1), 1.0)
+print(len(list(storage.iterdir())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "1\n", done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,6 +118,39 @@ def test_an_address_at_which_something_else_listens(monkeypatch: pytest.MonkeyPa
     assert rows["Ray"].state == "failed"
     assert rows["Ray"].found.startswith("no Ray cluster answers at 127.0.0.1:")
     assert {rows[name].state for name in ("data", "disk", "GPUs", "storage", "process group")} == {"skipped"}
+
+
+def test_an_address_at_which_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    # "auto" is the last cluster of this machine, also where it is long gone.
+    monkeypatch.setattr(cluster, "canonicalize_bootstrap_address", lambda address: "127.0.0.1:9")
+    for address in ("127.0.0.1:9", "auto"):
+        begin = time.monotonic()
+        with pytest.raises(ResourceError, match=rf"no Ray cluster answers at {address} \(.*refused\): start one"):
+            doctor._probe_cluster(address)
+        assert time.monotonic() - begin < 2
+
+
+def test_a_cluster_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**arguments: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n    Python: 3.9\n")
+
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", refuse)
+    with pytest.raises(ResourceError, match=r"somewhere runs other versions \(.*Ray: 2.1 Python: 3.9\): install"):
+        cluster.connect(load([], []))
+
+
+def test_nothing_but_json_on_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def examine(self: doctor.Doctor) -> list[Finding]:
+        print("(raylet) WARNING: what Ray has to say")
+        return [Finding("x", "failed", "found", "remedy")]
+
+    monkeypatch.setattr(doctor.Doctor, "examine", examine)
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 2
+    assert json.loads(done.stdout) == [{"check": "x", "state": "failed", "found": "found", "remedy": "remedy"}]
+    assert "raylet" in done.stderr
 
 
 def rows_of(console: Console, run: RunConfig, code: int) -> dict[str, Finding]:
@@ -346,5 +187,43 @@ def test_on_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path)
     assert rows["resources"].found.startswith("the run needs 10 CPUs")
     assert "lower cluster.workers" in rows["resources"].remedy
     assert rows["process group"].state == rows["disk"].state == "skipped"
+    assert rows["checksums"].found == "the data are not sound"
+    assert rows["disk"].found == "there can be no run folder"
+    assert rows["attention"].state == "ok"  # a node that holds one worker is enough for it
     assert has_failed(rows.values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "good.log", "good.yaml", "run.yaml"]
+
+
+_HOLD = """
+import sys
+import ray
+from ray.util.placement_group import placement_group
+
+ray.init(log_to_driver=False, logging_level="ERROR")
+group = placement_group([{"CPU": int(sys.argv[1])}])
+assert group.wait(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("held", "attention"), [(7, "ok"), (8, "skipped")])
+def test_on_a_cluster_that_others_use(
+    shards: dict[str, Path], console: Console, tmp_path: Path, held: int, attention: str
+) -> None:
+    run = tiny_config(shards, tmp_path / "runs", "cluster.workers=2", "train.micro_batch=4")
+    command = [sys.executable, "-c", _HOLD, str(held)]
+    environment = {**os.environ, **console.environment}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        begin = time.monotonic()
+        rows = rows_of(console, run, code=0)
+        seconds = time.monotonic() - begin
+        other.communicate("")
+    assert seconds < 75  # the probes would wait for 90 and 30 more
+    assert rows["resources"].state == "warning"
+    assert rows["resources"].found.endswith(f"but now only {8 - held} CPUs are free")
+    assert rows["attention"].state == attention
+    assert rows["process group"].state == "skipped"
+    assert rows["process group"].found.startswith("others hold what the workers need")

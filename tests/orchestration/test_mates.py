@@ -29,7 +29,7 @@ from ray_dwm.orchestration.select import plan_selection, select
 STEPS, STAGES = 16, 2
 OPTIONS = (f"train.steps={STEPS}", "checkpoint.every=100", "train.eval_every=4", "data.selection=mates")
 OPTIONS += (f"selection.mates.stages={STAGES}", "selection.mates.probes=24", "selection.mates.probe_targets=8")
-OPTIONS += ("selection.mates.size=xs", "selection.block_rows=40")
+OPTIONS += ("selection.mates.size=xs", "selection.block_tokens=640")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_between_stages_a_run_that_is_to_stop_stops_and_one_that_lacks_its_rows_
         (["selection.mates.stages=1"], "selection.mates.stages is 1: it must be at least 2"),
         (["selection.mates.stages=17"], "at most train.steps = 16"),
         (["selection.output=x"], "selection.output is of `ray-dwm select`"),
-        (["selection.mates.probes=129"], "selection.mates.probes is 129, a stage has 128 sequences"),
+        (["selection.mates.probes=129"], "selection.mates.probes is 129, and there are 128 sequences"),
         (["selection.budget=112"], "selection.budget is 112 tokens, 7 sequences a stage: it must be at least"),
         (
             ["train.steps=40"],

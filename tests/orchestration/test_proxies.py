@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from lms import tiny_lm
 from synthetic import tiny_config
 
 from ray_dwm.config import load
 from ray_dwm.data.manifest import load_manifest
-from ray_dwm.errors import UserError
+from ray_dwm.data.shards import open_shards
+from ray_dwm.errors import DwmError, UserError
 from ray_dwm.orchestration.proxies import plan_proxies
+from ray_dwm.orchestration.select import select
 
 
 def test_lists_of_folders_may_be_written_as_yaml_or_with_commas(tmp_path: Path) -> None:
@@ -30,7 +34,8 @@ def test_names_say_what_a_proxy_is_trained_on_and_how(shards: dict[str, Path], t
     def names(*overrides: str) -> list[str]:
         config = tiny_config(shards, tmp_path, "selection.proxy.count=2", *overrides)
         planned = plan_proxies(config, pool)
-        assert all(proxy.run is not None and proxy.run.weighting.method == "uniform" for proxy in planned)
+        runs = [proxy.run for proxy in planned if proxy.run is not None]
+        assert [(run.weighting.method, run.data.order) for run in runs] == [("uniform", "shuffled")] * 2
         return [proxy.folder.parent.name for proxy in planned]
 
     first = names()
@@ -77,3 +82,41 @@ def test_named_folders_are_known_by_their_weights(shards: dict[str, Path], tmp_p
     a, b, run = plan_proxies(config, load_manifest(shards["train"]))
     assert a.digest == run.digest != b.digest
     assert run.folder == tmp_path / "run" / "hf"
+
+
+@pytest.fixture
+def driver(cluster: dict[str, str]) -> Any:
+    """This process as a driver of the cluster."""
+    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def dsdm_config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
+    """Forty sequences by DsDm, with two proxies of seconds."""
+    options = ["data.selection=dsdm", "selection.budget=640", f"selection.output={root / 'out'}"]
+    options += ["selection.block_tokens=800", "selection.dsdm.features=64", "selection.proxy.count=2"]
+    return tiny_config(shards, root, *options, "selection.proxy.preset=tiny", "selection.proxy.steps=30", *overrides)
+
+
+def test_proxies_are_trained_once_for_all_selections(
+    driver: None, shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = select(dsdm_config(shards, tmp_path, "selection.proxy.lr=3e-3"))
+    assert load_manifest(folder).domains["good"].rows == 40
+    assert "[proxy-" in capsys.readouterr().out
+    assert len(list((tmp_path / "proxies").glob("proxy-*/summary.json"))) == 2
+    again = ["selection.proxy.lr=3e-3", "selection.tasks=1", "selection.block_tokens=1120", "selection.proxy.batch=5"]
+    other = select(dsdm_config(shards, tmp_path, *again, f"selection.output={tmp_path / 'other'}"))
+    assert "[proxy-" not in capsys.readouterr().out
+    found = [open_shards(str(path)).sample_ids().tolist() for path in (folder, other)]
+    assert len(set(found[0]) & set(found[1])) >= 39  # another batch rounds another way
+
+
+def test_a_proxy_that_diverges_is_one_line_and_leaves_nothing(
+    driver: None, shards: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(DwmError, match=r"proxy LM .*selection\.proxy\.lr") as raised:
+        select(dsdm_config(shards, tmp_path, "selection.proxy.lr=1e4", "selection.proxy.count=1"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()

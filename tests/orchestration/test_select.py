@@ -36,7 +36,7 @@ def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
     """Forty sequences of sixteen tokens by DSIR on token ids, for the target set of Markov rows."""
     options = ("data.selection=dsir", "selection.dsir.features=tokens", f"selection.budget={ROWS * 16 + 7}")
     return tiny_config(
-        shards, root, *options, f"selection.output={root / 'out'}", "selection.block_rows=50", *overrides
+        shards, root, *options, f"selection.output={root / 'out'}", "selection.block_tokens=800", *overrides
     )
 
 
@@ -74,7 +74,7 @@ def test_the_same_command_again_and_another_one(
 
 def test_output_does_not_depend_on_tasks_and_blocks(shards: dict[str, Path], tmp_path: Path) -> None:
     contents = []
-    for name, options in {"a": ["selection.tasks=1"], "b": ["selection.tasks=3", "selection.block_rows=7"]}.items():
+    for name, options in {"a": ["selection.tasks=1"], "b": ["selection.tasks=3", "selection.block_tokens=112"]}.items():
         folder = select(config(shards, tmp_path, *options, f"selection.output={tmp_path / name}"))
         contents.append([(folder / name).read_bytes() for name in ("manifest.json", "part-00000.arrow")])
     assert contents[0] == contents[1]
@@ -106,7 +106,7 @@ def test_finished_blocks_survive_a_failure(shards: dict[str, Path], tmp_path: Pa
         (calls / f"call-{uuid4().hex}").touch()
         return {"x": rows.sample_ids}
 
-    sweep = RaySweep(tmp_path / "work", SelectionConfig(block_rows=32, tasks=1))
+    sweep = RaySweep(tmp_path / "work", SelectionConfig(block_tokens=512, tasks=1))
     with pytest.raises(DataError, match="no such luck"):
         list(sweep("numbers", str(shards["train"]), halting))
     done = len(list((tmp_path / "work" / "numbers").glob("*.npz")))

@@ -15,7 +15,7 @@ from ray_dwm.core.costs import Speed
 from ray_dwm.core.hardware import gpu
 from ray_dwm.errors import ResourceError
 from ray_dwm.models.lm import llama
-from ray_dwm.planning.estimate import USABLE, estimate
+from ray_dwm.planning.estimate import USABLE, Estimate, estimate
 from ray_dwm.planning.inputs import job
 from ray_dwm.planning.plan import plan
 from ray_dwm.planning.search import candidates, overrides, search
@@ -33,6 +33,13 @@ OVERRIDES = [
     "cluster.gpus_per_worker=1",
 ]
 FLOPS = 6 * (1_345_423_360 - 32_000 * 2048) + 12 * 24 * 2048 * 2048
+
+
+def configured(*words: str) -> Estimate:
+    """The configured layout on H100s, with some overrides more."""
+    found = plan(load([], [*OVERRIDES, *words]), "h100").configured
+    assert found is not None
+    return found
 
 
 def console(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
@@ -61,7 +68,7 @@ def test_gpu_hours_of_30_billion_tokens_by_hand() -> None:
 
 
 def test_the_overhead_is_a_visit_over_n_steps() -> None:
-    often, seldom = (plan(load([], [*OVERRIDES, f"bilevel.every={n}"]), "h100").configured for n in (5, 20))
+    often, seldom = (configured(f"bilevel.every={n}") for n in (5, 20))
     assert often.visit is not None
     assert often.visit == seldom.visit
     # 64 target sequences beside a batch of 512: an eighth of a step's compute, and communication that it cannot hide.
@@ -72,20 +79,13 @@ def test_the_overhead_is_a_visit_over_n_steps() -> None:
 
 def test_stages_are_visits_in_the_mean() -> None:
     """Five stages of 30 updates in 28,611 steps: every 190.74th."""
-    config = load([], [*OVERRIDES, "bilevel.stages=5", "bilevel.stage_updates=30"])
-    assert plan(config, "h100").configured.every == pytest.approx(28_611 / 150)
-
-
-def test_an_elastic_group_is_planned_at_its_largest() -> None:
-    found = plan(load([], [*OVERRIDES, "cluster.workers=[32, 64]"]), "h100")
-    assert found.configured.job.workers == found.best.job.workers == 64
+    assert configured("bilevel.stages=5", "bilevel.stage_updates=30").every == pytest.approx(28_611 / 150)
 
 
 def test_a_budget_chooses_how_often() -> None:
-    """Without checks, which a run's budget does not count either."""
-    budget = ["bilevel.every=0", "bilevel.max_overhead=0.02", "bilevel.fidelity_every=0"]
-    found = plan(load([], [*OVERRIDES, *budget]), "h100").configured
-    assert found.every >= 1
+    """64 workers have a target sequence each, so that a smaller target batch saves nothing: N makes up for it."""
+    found = configured("bilevel.every=0", "bilevel.max_overhead=0.02")
+    assert found.every > 5
     assert found.target_batch <= 64
     assert 0.75 * 0.02 <= found.overhead <= 0.02
 
@@ -123,7 +123,7 @@ def test_the_best_fits_and_no_other_that_fits_is_faster(preset: str) -> None:
     speed = Speed(gpu=gpu("a100-40g"), bf16=True, mfu=0.4)
     best = search(wanted, speed).best
     assert best is not None
-    assert best.needed <= USABLE * 40e9
+    assert best.needed <= USABLE * 39.39 * 2**30
     tried = [estimate(x, speed) for x in candidates(wanted, offload=False)]
     assert len({overrides(x) for x in tried}) == len(tried) > 100
     assert all(x.step_seconds >= best.step_seconds / 1.005 for x in tried if x.fits)
@@ -144,7 +144,7 @@ def test_offloading_is_the_last_resort() -> None:
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
-    config = load([], [*OVERRIDES, "lm.preset=70b"])
+    config = load([], [*OVERRIDES, "lm.preset=70b", "cluster.workers=32"])
     with pytest.raises(ResourceError) as told:
         plan(config, "h100")
     text = str(told.value)
@@ -153,22 +153,32 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert f"{lean.needed / 2**30:.1f} GiB" in text
     assert f"{-lean.room / 2**30:.1f} GiB more" in text
     remedy = text.split("these would do: ")[1].split(", ")
-    assert remedy[:2] == ["128 GPUs", "--gpu h200"]
-    more = [*OVERRIDES, "lm.preset=70b", "cluster.workers=128"]
+    assert remedy[:2] == ["64 GPUs", "--gpu b200"]
+    more = [*OVERRIDES, "lm.preset=70b", "cluster.workers=64"]
     assert plan(load([], more), "h100").best.fits
-    assert plan(config, "h200").best.fits
+    assert plan(config, "b200").best.fits
 
 
 def test_the_console_prints_a_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = console(capsys, monkeypatch, "--gpus", "32", "--price", "2", "--vocab", "50000")
     assert (code, err) == (0, "")
-    for words in ("32 h100", "MFU assumed: 33.0%", "all-reduce", "GPU-hours", "cost", "parallel.shard=", "GiB"):
+    labels = ("a step takes, ms", "a bi-level step takes more, ms", "a GPU sends in a mean step, GB (ms)", "bases")
+    for words in (
+        "32 h100",
+        "MFU assumed: 33.0%",
+        "all-reduce",
+        "GPU-hours",
+        "cost",
+        "parallel.shard=",
+        "GiB",
+        *labels,
+    ):
         assert words in out, words
     assert "vocabulary" not in out
 
 
 def test_the_console_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = console(capsys, monkeypatch, "--gpu", "h200", "--mfu", "0.5", "--json")
+    code, out, _ = console(capsys, monkeypatch, "--gpu", "H200", "--mfu", "0.5", "--json")
     found = json.loads(out)
     assert code == 0
     assert (found["gpus"], found["gpu"], found["mfu_assumed"], found["parameters"]) == (64, "h200", 0.5, 1_345_423_360)
@@ -184,7 +194,20 @@ WRONG = {
     "an unknown GPU": (["--gpu", "v100"], "it must be one of a100-40g, a100, h100,"),
     "an unknown preset": (["lm.preset=9b"], "lm.preset is '9b'"),
     "a mesh that does not divide": (["parallel.shard=7"], "parallel.shard is 7, which does not divide"),
-    "an LM that does not fit": (["lm.preset=70b"], "70b does not fit 64 h100"),
+    "an LM that does not fit": (["lm.preset=70b", "--gpus", "32"], "70b does not fit 32 h100"),
+    "more GPUs than sequences": (["--gpus", "1024"], "cluster.workers is 1024, train.global_batch 512"),
+    "no GPUs": (["--gpus", "0"], "--gpus is 0: it must be a whole number from 1 to "),
+    "a part of a GPU": (["--gpus", "1.5"], "--gpus is 1.5: it must be a whole number"),
+    "no number": (["--gpus", "many"], "leave it out for as many as cluster.workers"),
+    "an MFU above 1": (["--mfu", "39"], "--mfu is 39: it must be a number above 0 and at most 1; leave it out for"),
+    "an MFU of 0": (["--mfu", "0"], "--mfu is 0: "),
+    "an MFU that is none": (["--mfu", "nan"], "--mfu is nan: "),
+    "an endless price": (["--price", "inf"], "--price is inf: it must be a number above 0; leave it out for no cost"),
+    "a negative price": (["--price=-2"], "--price is -2: "),
+    "a vocabulary of one word": (["--vocab", "1"], "--vocab is 1: it must be a whole number from 2 to 2147483647"),
+    "no network": (["--network-gbps", "0"], "--network-gbps is 0: it must be a number above 0"),
+    "an endless network": (["--network-gbps", "inf"], "--network-gbps is inf: "),
+    "a host without memory": (["--host-memory-gb", "-1"], "--host-memory-gb is -1: "),
     "no steps": (["train.steps=0"], "train.steps is 0"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,34 @@ from ray_dwm.selection.method import Arrays, RowFunction, Task
 
 
 def sweep(
-    name: str, folder: str, function: RowFunction, rows: NDArray[np.int64] | None = None, block: int = 0
+    name: str,
+    folder: str,
+    function: RowFunction,
+    rows: NDArray[np.int64] | None = None,
+    block: int = 0,
+    default: int = 50,
 ) -> Iterator[Arrays]:
-    """Blocks of 50 rows, in a loop."""
-    reader = open_shards(folder)
+    """Blocks of rows, in a loop."""
+    reader, size = open_shards(folder), block or default
     numbers = np.arange(reader.manifest.rows) if rows is None else rows
-    for start in range(0, len(numbers), block or 50):
-        yield function(reader.take(numbers[start : start + (block or 50)]))
+    for start in range(0, len(numbers), size):
+        yield function(reader.take(numbers[start : start + size]))
 
 
-def task(pool: Path, targets: dict[str, Path], seed: int = 0, **options: Any) -> Task:
+def task(
+    pool: Path,
+    targets: dict[str, Path],
+    seed: int = 0,
+    block: int = 50,
+    proxies: tuple[Path, ...] = (),
+    **options: Any,
+) -> Task:
     """A selection from a pool."""
     return Task(
         options=build(SelectionConfig, options),
         seed=seed,
         pool=load_manifest(pool),
         targets={name: load_manifest(folder) for name, folder in targets.items()},
-        sweep=sweep,
+        sweep=partial(sweep, default=block),
+        proxies=tuple(map(str, proxies)),
     )
