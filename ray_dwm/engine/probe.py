@@ -103,13 +103,14 @@ class Prober:
 def _alone(run: RunConfig) -> RunConfig:
     """The same LM and optimizer in a process of its own, for steps on single sequences.
 
-    In fp32: one sequence moves parameters by less than bf16 can tell.
+    In fp32, because one sequence moves most parameters by less than bf16 can tell, and so with kernels that know fp32.
     """
     values = to_dict(run)
+    values["lm"]["attention"] = "auto"
     values["data"] = {"train": run.data.train}
     values["train"] |= {"global_batch": 1, "precision": "fp32", "profile": False}
     values["weighting"] = {"method": "uniform"}
-    values["parallel"]["shard"] = 0
+    values["parallel"] |= {"shard": 0, "compile": False}
     values["cluster"] = {"workers": 1}
     alone: RunConfig = build_config(RunConfig, values)
     return alone

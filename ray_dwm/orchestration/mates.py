@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ray_dwm.engine.messages import say
 from ray_dwm.engine.probe import newest_step
 from ray_dwm.engine.rundir import stop_path
 from ray_dwm.engine.setup import seq_len
-from ray_dwm.errors import ConfigError, DataError, Stopped
+from ray_dwm.errors import ConfigError, DataError, Stopped, TrainingError
 from ray_dwm.orchestration.fit import fit, fit_until
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import mates
@@ -45,7 +46,7 @@ def check_stages(config: RunConfig, pool: Manifest) -> None:
     """
     options, stages = config.selection, config.selection.mates.stages
     read_targets(config, pool)
-    for key in ("output", "scores"):
+    for key in ("output", "scores", "keep_scores"):
         if getattr(options, key):
             raise ConfigError(f"selection.{key} is of `ray-dwm select`, a run by mates scores anew: leave it empty")
     if not 2 <= stages <= config.train.steps:
@@ -114,16 +115,24 @@ def _choose(config: RunConfig, pool: Manifest, stage: Stage) -> None:
         targets=read_targets(config, pool),
         sweep=RaySweep(work, config.selection, f"[{config.name}] stage {stage.number}: "),
     )
-    rows, record = _chosen(config, task, stage)
-    ready = work / "ready"
-    shutil.rmtree(ready, ignore_errors=True)
-    ready.mkdir(parents=True)
-    np.save(ready / ROWS, rows)
-    record["seconds"] = time.monotonic() - started
-    write_whole(ready / RECORD, json.dumps(record, indent=2) + "\n")
-    os.rename(ready, folder)
+    try:
+        rows, record = _chosen(config, task, stage)
+        record["seconds"] = time.monotonic() - started
+        _write(work / "ready", rows, record)
+        os.rename(work / "ready", folder)
+    except OSError as error:
+        raise TrainingError(
+            f"{folder} cannot be written ({error.strerror}): free space there and start the same command again"
+        ) from None
     shutil.rmtree(work, ignore_errors=True)
-    say(config.run_dir, _told(config, record))
+    say(config.run_dir, _told(record))
+
+
+def _write(folder: Path, rows: NDArray[np.int64], record: dict[str, Any]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    np.save(folder / ROWS, rows)
+    write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _chosen(config: RunConfig, task: Task, stage: Stage) -> tuple[NDArray[np.int64], dict[str, Any]]:
@@ -176,7 +185,7 @@ def _figures(config: RunConfig) -> dict[int, dict[str, float]]:
     return figures
 
 
-def _told(config: RunConfig, record: dict[str, Any]) -> str:
+def _told(record: dict[str, Any]) -> str:
     """A stage's selection in a line."""
     first, stop = record["steps"]
     sequences, notes = record["sequences"], record["notes"]

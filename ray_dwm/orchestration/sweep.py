@@ -66,6 +66,8 @@ class RaySweep:
         resources: dict[str, Any] = {"num_cpus": o.cpus_per_task}
         if o.gpus_per_task:
             resources["num_gpus"] = o.gpus_per_task
+        elif ray.cluster_resources().get("GPU"):  # else every task would take its node's first one
+            resources["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         mapped = ray.data.from_items(items, override_num_blocks=len(items)).map(
             function,
             fn_kwargs=options,

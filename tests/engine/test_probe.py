@@ -19,7 +19,7 @@ from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.core.losses import token_losses
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import draw
-from ray_dwm.engine.probe import Prober, checkpoint_path, newest_step, open_prober
+from ray_dwm.engine.probe import Prober, _alone, checkpoint_path, newest_step, open_prober
 from ray_dwm.errors import DataError, TrainingError
 from ray_dwm.models.lm import Lm, build_lm, lm_config
 
@@ -31,7 +31,7 @@ OPTIONS = (f"train.steps={TRAINED + 10}", "checkpoint.every=10", "checkpoint.kee
 def trained(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run of two workers, whose checkpoints are in two parts."""
     folder = tmp_path_factory.mktemp("trained")
-    config = tiny_config(shards, folder, *OPTIONS, "cluster.workers=2", "train.precision=fp32")
+    config = tiny_config(shards, folder, *OPTIONS, "cluster.workers=2", "parallel.shard=2")
     run(2, folder / "p", train_and_describe, config)
     return config
 
@@ -136,6 +136,15 @@ def test_what_resembles_the_target_helps_more(trained: RunConfig, shards: dict[s
     assert found[good].mean() > found[~good].mean() + 2 * found.std() / 8
     wins = (found[good][:, None] > found[~good][None]).mean()
     assert wins > 0.9
+
+
+def test_an_lm_is_probed_alone_and_in_fp32_however_it_trains(shards: dict[str, Path], tmp_path: Path) -> None:
+    options = ("train.precision=bf16", "lm.attention=flash", "parallel.compile=true", "parallel.shard=1")
+    run_config = tiny_config(shards, tmp_path, *OPTIONS, *options, "cluster.workers=[2,4]", "weighting.method=dwm")
+    alone = _alone(run_config)
+    assert (alone.train.precision, alone.lm.attention, alone.parallel.compile) == ("fp32", "auto", False)
+    assert (alone.cluster.most_workers, alone.parallel.shard, alone.train.global_batch) == (1, 0, 1)
+    assert not alone.learns_dwm and alone.train.lr == run_config.train.lr and alone.data.train == run_config.data.train
 
 
 def test_a_probe_of_which_nothing_counts_has_no_influence(trained: RunConfig, tmp_path: Path) -> None:
