@@ -52,7 +52,7 @@ def run_config(args: argparse.Namespace, method: str, seed: int, weights: str) -
     tokens = (args.steps or first.train.steps) * first.train.global_batch * first.prepare.seq_len
     storage = f"{args.storage}/seed-{seed}"
     options += [f"storage={storage}", f"seed={seed}", f"name={name}-{weights}", f"weighting.method={weights}"]
-    options += [f"selection.budget={tokens}", "tracking.wandb=off"]
+    options += [f"selection.budget={0 if method == 'mates' else tokens}", "tracking.wandb=off"]
     if method == "dwm":
         options += [f"selection.dwm.folder={newest_dwm(Path(storage) / 'random-dwm')}"]
     return load([CONFIG], options + ([f"train.steps={args.steps}"] if args.steps else []))

@@ -167,6 +167,11 @@ class RunConfig:
         return self.weighting.method == "dwm" and self.dwm.mode == "learn"
 
     @property
+    def in_stages(self) -> bool:
+        """Whether the run itself chooses its data, anew in every stage."""
+        return self.data.selection == "mates"
+
+    @property
     def target_draw(self) -> tuple[str, int] | None:
         """(key, sequences) of what the weighting draws from the target set at a time; None where it needs none."""
         draws = {

@@ -8,7 +8,9 @@ from typing import Literal
 
 from ray_dwm.configuring import frozen, not_negative, positive, require
 
-MethodName = Literal["none", "random", "dsir", "dsdm", "classifier", "perplexity", "curriculum", "dwm", "doremi"]
+MethodName = Literal[
+    "none", "random", "dsir", "dsdm", "classifier", "perplexity", "curriculum", "dwm", "doremi", "mates"
+]
 Features = Literal["text", "tokens"]
 
 
@@ -169,11 +171,42 @@ class DwmScoresConfig:
 
 
 @frozen
+class MatesConfig:
+    """A model of each sequence's influence on the current LM, made anew in stages (Yu et al. 2024, arXiv 2406.06046).
+
+    `train` with data.selection=mates runs the stages by itself; `select` makes the selection of one stage.
+    """
+
+    stages: int = 5
+    """Of equal length; the first one trains on random sequences. Only of `train`."""
+    candidates: Literal["part", "pool"] = "part"
+    """What a stage chooses from. part: a random part of the pool, each stage another one, so that no sequence is chosen
+    twice, as published. pool: all of it."""
+    probes: int = 2048
+    """Candidates on which the LM takes a step of its own, to see what that does to its loss on the target sets."""
+    probe_targets: int = 64
+    """Target sequences, of each set, on which that loss is taken; others in each stage."""
+    size: Literal["xs", "s", "m", "l"] = "s"
+    """Of the influence model, as dwm.size."""
+    lr: float = 1e-3
+    """Of the influence model."""
+    epochs: int = 30
+    """Passes over the probes at most; the best one, by probes that are held out, counts."""
+
+    def __post_init__(self) -> None:
+        positive("selection.mates", self, "stages", "probe_targets", "lr", "epochs")
+        require(
+            self.probes >= 16,
+            f"selection.mates.probes is {self.probes}: it must be at least 16, a quarter of them are held out",
+        )
+
+
+@frozen
 class SelectionConfig:
     """What is selected from data.train, the pool, for data.target; data.selection names the method."""
 
     budget: int = 0
-    """Tokens to select."""
+    """Tokens to select; of a run by mates for each stage, and 0 means what the stage trains on."""
     output: str = ""
     """Folder of the selected shards; empty: in selections/ of the storage, named by what the selection depends on."""
     scores: str = ""
@@ -198,6 +231,7 @@ class SelectionConfig:
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     dwm: DwmScoresConfig = field(default_factory=DwmScoresConfig)
+    mates: MatesConfig = field(default_factory=MatesConfig)
 
     def __post_init__(self) -> None:
         positive("selection", self, "temperature", "block_tokens", "tasks", "cpus_per_task")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import ShardReader, open_shards
+from ray_dwm.data.stages import StagedPlan
 from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
@@ -122,8 +123,18 @@ def seq_len(config: RunConfig, train: Manifest) -> int:
     return config.lm.seq_len or train.seq_len
 
 
-def read_plan(config: RunConfig, train: Manifest) -> ReadPlan:
+def read_plan(config: RunConfig, train: Manifest) -> ReadPlan | StagedPlan:
     """The order of the training set."""
+    if config.in_stages:
+        return StagedPlan(
+            run_dir=str(config.run_dir),
+            steps=config.train.steps,
+            stages=config.selection.mates.stages,
+            global_batch=config.train.global_batch,
+            seed=config.seed,
+            block_rows=config.data.block_rows,
+            window_blocks=config.data.window_blocks,
+        )
     ordered = train.made_by.get("ordered") is True
     return ReadPlan(
         rows_per_file=train.rows_per_file,
@@ -171,6 +182,8 @@ def build(
     on_version: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     preempted: Callable[[], bool] | None = None,
+    until: int = 0,
+    figures: Mapping[int, Mapping[str, float]] | None = None,
 ) -> Parts:
     """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
     train = check_data(config)
@@ -221,4 +234,6 @@ def build(
         on_version=on_version,
         should_stop=should_stop,
         preempted=preempted,
+        until=until,
+        figures=figures or {},
     )

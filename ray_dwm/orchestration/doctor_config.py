@@ -18,6 +18,7 @@ from ray_dwm.models.lm import parameter_count
 from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
+from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.prepare import sets_to_make
 
 MOST_EPOCHS = 4.0
@@ -43,6 +44,8 @@ def check_sets(config: RunConfig) -> list[Finding]:
         remedy = "run `ray-dwm prepare` now to have them checked"
         return [Finding("data", "warning", found, remedy)]
     train = check_data(config)
+    if config.in_stages:
+        check_stages(config, train)
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]
     sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in evaluation_sets(config).items()]
     found = f"{', '.join(sizes)}; one tokenizer"

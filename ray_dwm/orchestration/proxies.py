@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
 from ray_dwm.models.hf import lm_folder
 from ray_dwm.models.lm import lm_shape
+from ray_dwm.orchestration.run import run as train
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selecting import SelectionConfig
+from ray_dwm.selection.method import any_proxy
 from ray_dwm.selection.proxy import check_proxy
 
 _FREE = ("micro_batch", "profile", "profile_first", "profile_steps")
@@ -38,15 +40,21 @@ class Proxy:
     """How it is trained; None where it was named."""
 
 
-def plan_proxies(config: RunConfig, pool: Manifest) -> tuple[Proxy, ...]:
+def plan_proxies(config: RunConfig, pool: Manifest, check: Callable[[Path], object] = any_proxy) -> tuple[Proxy, ...]:
     """Say which proxies a selection looks through, and check those that are named; starts nothing.
+
+    Args:
+        check: what a method demands of a named proxy's folder besides.
 
     Raises:
         UserError: a named folder is no LM, or of another tokenizer, or too small for the pool.
     """
     options = config.selection.proxy
     if options.folders:
-        return tuple(_named(Path(folder).expanduser().absolute(), pool) for folder in options.folders)
+        named = tuple(_named(Path(folder).expanduser().absolute(), pool) for folder in options.folders)
+        for proxy in named:
+            check(proxy.folder)
+        return named
     lm_shape(options.preset)
     return tuple(to_be_trained(config, pool, config.seed + number) for number in range(options.count))
 
@@ -146,8 +154,6 @@ def _check(number: int, *, folders: tuple[str, ...], pool: str, batch: int) -> N
 
 
 def _train(run: RunConfig) -> None:
-    from ray_dwm.orchestration.train import train  # which can select a part of its data, and so imports this
-
     try:
         train(run)
     except TrainingError as error:

@@ -20,8 +20,7 @@ from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, DomainStats, Manifest, ShardFile, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
-from ray_dwm.engine.setup import target_sets
-from ray_dwm.errors import ConfigError, DataError, UserError
+from ray_dwm.errors import ConfigError, UserError
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
@@ -29,10 +28,8 @@ from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection import record, scores
 from ray_dwm.selection.method import Scored, Task, applies
 from ray_dwm.selection.methods import METHODS, score
+from ray_dwm.selection.targets import read_targets
 from ray_dwm.selection.write import ROWS_PER_FILE, write_part
-
-_LEAST_TARGET = 8
-"""Sequences below which a target set says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +88,7 @@ def plan_selection(config: RunConfig) -> Selection:
     if not config.data.train:
         raise ConfigError("data.train is empty: name the pool, a folder of token shards")
     pool = load_manifest(config.data.train)
-    targets = {}
-    if applies(method.targeted, config.selection):
-        targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()}
-        _check_targets(config, pool, targets)
+    targets = read_targets(config, pool) if applies(method.targeted, config.selection) else {}
     rows = _rows(config, pool)
     method.check(config.selection, pool, rows)
     selection = Selection(
@@ -103,27 +97,11 @@ def plan_selection(config: RunConfig) -> Selection:
         targets=targets,
         rows=rows,
         folder=Path(config.selection.output),
-        proxies=plan_proxies(config, pool) if applies(method.proxies, config.selection) else (),
+        proxies=plan_proxies(config, pool, method.check_proxy) if applies(method.proxies, config.selection) else (),
         domain_weights=plan_domain_weights(config, pool) if method.domain_weights else None,
     )
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
-
-
-def _check_targets(config: RunConfig, pool: Manifest, targets: dict[str, Manifest]) -> None:
-    if not targets:
-        raise ConfigError(f"data.target is empty: selection by {config.data.selection} needs a target set")
-    for name, target in targets.items():
-        if target.tokenizer_sha256 != pool.tokenizer_sha256:
-            raise DataError(
-                f"{target.folder} (set {name}) was made with tokenizer {target.tokenizer_name}, the pool {pool.folder} "
-                f"with {pool.tokenizer_name}, another one: prepare both with the same tokenizer"
-            )
-        if target.rows < _LEAST_TARGET:
-            raise DataError(
-                f"{target.folder} (set {name}) has {target.rows} sequences: a selection needs at least "
-                f"{_LEAST_TARGET}, prepare a larger target set"
-            )
 
 
 def _rows(config: RunConfig, pool: Manifest) -> int:
@@ -176,8 +154,11 @@ def select(config: RunConfig) -> Path:
 
 
 def with_selection(config: RunConfig) -> RunConfig:
-    """The configuration with the selected shards in the pool's place, after they have been made."""
-    if config.data.selection == "none":
+    """The configuration with the selected shards in the pool's place, after they have been made.
+
+    A run that chooses its data in stages keeps the pool.
+    """
+    if config.data.selection == "none" or config.in_stages:
         return config
     folder = select(config)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(folder), selection="none"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import replacing
 from ray_dwm.data.shards import open_shards
-from ray_dwm.errors import DataError, DwmError
+from ray_dwm.errors import DataError, DwmError, TrainingError
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction
 
@@ -24,26 +25,34 @@ _TELL_S = 10.0
 class RaySweep:
     """A Sweep (see selection/method.py) whose results lie in a folder that all nodes see."""
 
-    def __init__(self, work: Path, options: SelectionConfig) -> None:
-        self._work, self.options = work, options
+    def __init__(self, work: Path, options: SelectionConfig, title: str = "") -> None:
+        """Results go to `work`; what is told begins with the title."""
+        self._work, self.options, self._title = work, options, title
 
-    def __call__(self, name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
+    def __call__(
+        self, name: str, folder: str, function: RowFunction, rows: NDArray[np.int64] | None = None, block: int = 0
+    ) -> Iterator[Arrays]:
         """See Sweep.
 
         Raises:
-            UserError: what the function raised for a block; the others' results stay.
+            UserError, TrainingError: what the function raised for a block; the others' results stay.
         """
         results = self._work / _file_name(name)
         results.mkdir(parents=True, exist_ok=True)
         manifest = load_manifest(folder)
-        rows, size = manifest.rows, max(1, self.options.block_tokens // manifest.seq_len)
-        paths = [results / f"{start:012d}.npz" for start in range(0, rows, size)]
-        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        size = block or max(1, self.options.block_tokens // manifest.seq_len)
+        total, numbers = manifest.rows if rows is None else len(rows), ""
+        if rows is not None:
+            numbers = str(results / "rows.npy")
+            with replacing(Path(numbers)) as temporary, temporary.open("wb") as stream:
+                np.save(stream, rows)
+        blocks = [_Block(start, min(start + size, total)) for start in range(0, total, size)]
+        missing = [block for block in blocks if not block.path(results).exists()]
         if missing:
-            options = {"folder": folder, "function": function, "size": size, "results": str(results)}
-            self._map(name, [{"number": number} for number in missing], _run_block, options, len(paths) - len(missing))
-        for path in paths:
-            yield read_arrays(path)
+            options = {"folder": folder, "function": function, "results": str(results), "rows": numbers}
+            self._map(name, [asdict(block) for block in missing], _run_block, options, len(blocks) - len(missing))
+        for block_of_rows in blocks:
+            yield read_arrays(block_of_rows.path(results))
 
     def each(self, name: str, numbers: list[int], function: Callable[[int], object]) -> None:
         """Run a function, which writes what it makes, on each of some numbers."""
@@ -57,16 +66,18 @@ class RaySweep:
         resources: dict[str, Any] = {"num_cpus": o.cpus_per_task}
         if o.gpus_per_task:
             resources["num_gpus"] = o.gpus_per_task
+        elif ray.cluster_resources().get("GPU"):  # else every task would take its node's first one
+            resources["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         mapped = ray.data.from_items(items, override_num_blocks=len(items)).map(
             function,
             fn_kwargs=options,
             compute=ray.data.TaskPoolStrategy(size=min(o.tasks, len(items))),
             **resources,
         )
-        told = _Told(name, done + len(items), done)
+        told = _Told(self._title + name, done + len(items), done)
         for row in mapped.iter_rows():
             if row["error"]:
-                raise DataError(row["error"])
+                raise (TrainingError if row["failed"] else DataError)(row["error"])
             told.one()
 
 
@@ -92,15 +103,28 @@ class _Told:
         print(f"{self._name}: {self._done} of {self._total} blocks, {end}", flush=True)
 
 
-def _run_block(row: dict[str, Any], folder: str, function: RowFunction, size: int, results: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows start .. stop - 1 of those that are visited."""
+
+    start: int
+    stop: int
+
+    def path(self, results: Path) -> Path:
+        """Where its result lies; blocks of another size have other names."""
+        return results / f"{self.start:012d}-{self.stop - self.start}.npz"
+
+
+def _run_block(item: dict[str, Any], folder: str, function: RowFunction, results: str, rows: str) -> dict[str, Any]:
     # An error travels back as data: an exception would be wrapped and retried by Ray.
-    start = int(row["number"]) * size
+    block = _Block(**item)
     try:
-        reader = open_shards(folder)
-        arrays = function(reader.take(np.arange(start, min(start + size, reader.manifest.rows))))
-        write_arrays(Path(results) / f"{start:012d}.npz", arrays)
+        numbers = np.arange(block.start, block.stop)
+        if rows:
+            numbers = np.load(rows, mmap_mode="r", allow_pickle=False)[block.start : block.stop]
+        write_arrays(block.path(Path(results)), function(open_shards(folder).take(np.asarray(numbers))))
     except (DwmError, OSError) as error:
-        return {"error": str(error)}
+        return _problem(error)
     return {"error": ""}
 
 
@@ -108,8 +132,12 @@ def _run_item(row: dict[str, Any], function: Callable[[int], object]) -> dict[st
     try:
         function(int(row["number"]))
     except (DwmError, OSError) as error:
-        return {"error": str(error)}
+        return _problem(error)
     return {"error": ""}
+
+
+def _problem(error: Exception) -> dict[str, Any]:
+    return {"error": str(error), "failed": isinstance(error, TrainingError)}
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:

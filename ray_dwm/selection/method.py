@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,10 +25,18 @@ RowFunction = Callable[[Rows], Arrays]
 
 
 class Sweep(Protocol):
-    """Applies a function to all rows of a set, in blocks; where that happens is not the method's matter."""
+    """Applies a function to the rows of a set, in blocks; where that happens is not the method's matter."""
 
-    def __call__(self, name: str, folder: str, function: RowFunction) -> Iterator[Arrays]:
-        """The function's results, block by block in the order of the rows; `name` says what is being done."""
+    def __call__(
+        self, name: str, folder: str, function: RowFunction, rows: NDArray[np.int64] | None = None, block: int = 0
+    ) -> Iterator[Arrays]:
+        """The function's results, block by block in the order of the rows.
+
+        Args:
+            name: says what is being done.
+            rows: the rows that it is done with, by number; None: all.
+            block: rows in a block; 0: as the options say.
+        """
         ...
 
 
@@ -73,6 +82,11 @@ def nothing_more(options: SelectionConfig, pool: Manifest, count: int) -> None:
     del options, pool, count
 
 
+def any_proxy(folder: Path) -> None:
+    """See Method.check_proxy."""
+    del folder
+
+
 When = bool | Callable[[SelectionConfig], bool]
 """Always, never, or under some options."""
 
@@ -96,6 +110,8 @@ class Method:
     """Whether it needs a target set."""
     proxies: When = False
     """Whether it looks through proxy LMs."""
+    check_proxy: Callable[[Path], object] = any_proxy
+    """Refuses, before anything is scored, a proxy's folder in which the method does not find what it needs."""
     domain_weights: bool = False
     """Whether it goes by domain weights, which LMs learn beforehand."""
     ordered: bool = False

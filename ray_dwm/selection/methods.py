@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ray_dwm.selection import classifier, curriculum, doremi, dsdm, dsir, dwm, perplexity, random
+from ray_dwm.selection import classifier, curriculum, doremi, dsdm, dsir, dwm, mates, perplexity, random
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, Method, Task
 from ray_dwm.selection.scores import Keyed
@@ -46,6 +46,14 @@ METHODS = {
         targeted=False,
         domain_weights=True,
         depends=doremi.depends,
+    ),
+    "mates": Method(
+        prepare=mates.prepare,
+        choose=drawn,
+        proxies=True,
+        check_proxy=mates.look_of,
+        depends=mates.depends,
+        check=mates.check,
     ),
 }
 

@@ -29,16 +29,17 @@ class Keyed:
         return {"sample_id": rows.sample_ids, "domain": rows.domains, **self.scorer(rows)}
 
 
-def gather(blocks: Iterable[Arrays], pool: Manifest) -> Scored:
-    """The scores of all rows, 12 bytes a row, from the results of `Keyed`, in order."""
-    scores = np.empty(pool.rows)
-    domains = np.empty(pool.rows, dtype=np.int32)
+def gather(blocks: Iterable[Arrays], pool: Manifest, rows: int | None = None) -> Scored:
+    """The scores of all rows, or of so many, 12 bytes a row, from the results of `Keyed`, in order."""
+    rows = pool.rows if rows is None else rows
+    scores = np.empty(rows)
+    domains = np.empty(rows, dtype=np.int32)
     at = 0
     for block in blocks:
         stop = at + len(block["score"])
         scores[at:stop], domains[at:stop] = block["score"], block["domain"]
         at = stop
-    assert at == pool.rows, f"{at} scores of {pool.rows} rows"
+    assert at == rows, f"{at} scores of {rows} rows"
     return Scored(scores, domains)
 
 

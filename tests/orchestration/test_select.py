@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,7 +16,7 @@ from synthetic import make_shards, tiny_config
 
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import Rows, open_shards
-from ray_dwm.errors import DataError, UserError
+from ray_dwm.errors import DataError, TrainingError, UserError
 from ray_dwm.orchestration.select import plan_selection, select, with_selection
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selecting import SelectionConfig
@@ -115,6 +116,30 @@ def test_finished_blocks_survive_a_failure(shards: dict[str, Path], tmp_path: Pa
     blocks = list(sweep("numbers", str(shards["train"]), halting))
     assert np.array_equal(np.concatenate([b["x"] for b in blocks]), open_shards(str(shards["train"])).sample_ids())
     assert len(list(calls.glob("call-*"))) == 8
+
+
+def test_a_sweep_over_some_rows_and_without_a_gpu(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(rows: Rows) -> Arrays:
+        return {"ids": rows.sample_ids, "gpus": np.array(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))}
+
+    resources = ray.cluster_resources()
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {**resources, "GPU": 1.0})
+    rows = np.array([3, 250, 7, 7, 100])
+    blocks = list(RaySweep(tmp_path, SelectionConfig())("some", str(shards["train"]), seen, rows, 2))
+    assert [len(block["ids"]) for block in blocks] == [2, 2, 1]
+    everything = open_shards(str(shards["train"])).sample_ids()
+    assert np.concatenate([block["ids"] for block in blocks]).tolist() == everything[rows].tolist()
+    assert {str(block["gpus"]) for block in blocks} == {""}
+
+
+def test_a_run_that_fails_in_a_task_has_failed(shards: dict[str, Path], tmp_path: Path) -> None:
+    def diverging(rows: Rows) -> Arrays:
+        raise TrainingError("the gradient is not finite")
+
+    with pytest.raises(TrainingError, match="the gradient is not finite"):
+        list(RaySweep(tmp_path, SelectionConfig())("nothing", str(shards["train"]), diverging))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_dwm.config import build
 from ray_dwm.data.manifest import load_manifest
@@ -16,11 +17,19 @@ from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 
 
-def sweep(name: str, folder: str, function: RowFunction, block: int = 50) -> Iterator[Arrays]:
+def sweep(
+    name: str,
+    folder: str,
+    function: RowFunction,
+    rows: NDArray[np.int64] | None = None,
+    block: int = 0,
+    default: int = 50,
+) -> Iterator[Arrays]:
     """Blocks of rows, in a loop."""
-    reader = open_shards(folder)
-    for start in range(0, reader.manifest.rows, block):
-        yield function(reader.take(np.arange(start, min(start + block, reader.manifest.rows))))
+    reader, size = open_shards(folder), block or default
+    numbers = np.arange(reader.manifest.rows) if rows is None else rows
+    for start in range(0, len(numbers), size):
+        yield function(reader.take(numbers[start : start + size]))
 
 
 def task(
@@ -37,6 +46,6 @@ def task(
         seed=seed,
         pool=load_manifest(pool),
         targets={name: load_manifest(folder) for name, folder in targets.items()},
-        sweep=partial(sweep, block=block),
+        sweep=partial(sweep, default=block),
         proxies=tuple(map(str, proxies)),
     )
