@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test checks bench install clean
+.PHONY: quickstart test checks bench selection-table install clean
 
 install: $(STAMP)
 
@@ -35,6 +35,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/bilevel.py
 	$(BIN)/python benchmarks/memory_model.py
+
+# Resumes; about two hours on two cores.
+selection-table: $(STAMP)
+	$(BIN)/python benchmarks/selection_table.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

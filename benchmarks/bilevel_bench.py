@@ -115,10 +115,10 @@ class _TimedWeighing:
         self._weigher = weigher
         self.statistics: Statistics = weigher.statistics
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
         start = now()
-        found = self._weigher.weigh(input_ids_bT, statistics_bS)
+        found = self._weigher.weigh(batch, statistics_bS)
         self.seconds = now() - start
         return found
 

@@ -132,7 +132,7 @@ class _Given:
     def __init__(self, weights_B: Tensor) -> None:
         self._weights_B = weights_B
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
         return self._weights_B, self._weights_B
 

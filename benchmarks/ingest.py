@@ -108,8 +108,8 @@ def compute(seconds: float) -> None:
 
 
 @contextmanager
-def watched() -> Iterator[dict[str, int]]:
-    """The most that the object store and any one reader held meanwhile, in bytes.
+def watched(title: str = READER) -> Iterator[dict[str, int]]:
+    """The most that the object store and any one process of that title (`reader`) held meanwhile, in bytes.
 
     Ray has no public call for the store's use that is exact at an instant; `ray memory` prints this one's answer.
     """
@@ -122,7 +122,7 @@ def watched() -> Iterator[dict[str, int]]:
             found = {"object_store": store.object_store_bytes_used, "spilled": store.spilled_bytes_total}
             for process in psutil.process_iter():
                 with suppress(psutil.Error, OSError, KeyError):  # it may have ended
-                    if process.cmdline()[:1] and process.cmdline()[0].startswith(READER):
+                    if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
                         for key, value in memory(process.pid).items():
                             found[f"reader_{key}"] = max(found.get(f"reader_{key}", 0), value)
             most.update({key: max(most[key], value) for key, value in found.items()})

@@ -78,6 +78,54 @@ def prepare(config: Config = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def select(
+    method: Annotated[str, typer.Argument(help="random, dsir, ...: docs/selection.md has all of them.")],
+    pool: Annotated[str, typer.Option(help="Token shards to select from; as data.train.")] = "",
+    target: Annotated[
+        list[str] | None, typer.Option(help="Token shards that the selection is for; as data.target. May be repeated.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Tokens to select, as 30_000_000; as selection.budget.")] = "",
+    output: Annotated[str, typer.Option(help="Folder of the selected shards; as selection.output.")] = "",
+    scores: Annotated[bool, typer.Option("--scores", help="Also keep the scores of the whole pool.")] = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Select a part of a pool of token shards for a target set, as token shards that `train` takes."""
+    from ray_dwm.orchestration.select import select as run
+
+    given = {"data.selection": method, "data.train": pool, "selection.budget": budget, "selection.output": output}
+    for place, folder in enumerate(target or []):
+        key = f"data.more_targets.{Path(folder).name}" if place else "data.target"
+        if key in given:
+            raise UserError(
+                f"--target {folder}: another set has the folder name {Path(folder).name}, rename one of them"
+            )
+        given[key] = folder
+    given["selection.keep_scores"] = "true" if scores else ""
+    options = [f"{key}={value}" for key, value in given.items() if value]
+    run(_load(config, [*options, *(overrides or [])]))
+
+
+@app.command()
+def score(
+    dwm: Annotated[Path, typer.Option(help="A DWM folder; as selection.dwm.folder.")],
+    pool: Annotated[Path, typer.Option(help="Token shards to score; as data.train.")],
+    output: Annotated[Path, typer.Option(help="Parquet file of the scores; `select dwm selection.scores=` takes it.")],
+    rounds: Annotated[int, typer.Option(min=0, help="Random batches for each sequence; 0: selection.dwm.rounds.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="Sequences of a batch; 0: selection.dwm.batch.")] = 0,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score sequences that a DWM was not learnt on: the mean over random batches, and the spread."""
+    from ray_dwm.orchestration.score import score as run
+
+    given: dict[str, object] = {"selection.dwm.folder": dwm, "data.train": pool}
+    given |= {f"selection.dwm.{key}": value for key, value in (("rounds", rounds), ("batch", batch)) if value}
+    options = [f"{key}={value}" for key, value in given.items()]
+    run(_load(config, [*options, *(overrides or [])]), output)
+
+
+@app.command()
 def train(config: Config = None, overrides: Overrides = None) -> None:
     """Train an LM, with the weights that weighting.method names; the same command resumes."""
     from ray_dwm.orchestration.train import train as run

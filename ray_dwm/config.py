@@ -31,6 +31,7 @@ from ray_dwm.sections import (
     TrainConfig,
     WeightingConfig,
 )
+from ray_dwm.selecting import SelectionConfig
 
 __all__ = [
     "BilevelConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "ParallelConfig",
     "PrepareConfig",
     "RunConfig",
+    "SelectionConfig",
     "TrackingConfig",
     "TrainConfig",
     "WeightingConfig",
@@ -62,6 +64,7 @@ class RunConfig:
     seed: int = 0
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     lm: LmConfig = field(default_factory=LmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
@@ -162,6 +165,11 @@ class RunConfig:
     def learns_dwm(self) -> bool:
         """Whether the run has an upper level."""
         return self.weighting.method == "dwm" and self.dwm.mode == "learn"
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether the run itself chooses its data, anew in every stage."""
+        return self.data.selection == "mates"
 
     @property
     def target_draw(self) -> tuple[str, int] | None:

@@ -100,6 +100,8 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
     if origin is tuple:
         parts = value if isinstance(value, (list, tuple)) else str(value).strip().strip("[]").split(",")
         kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:  # any number, also none
+            return tuple(_convert(part, kinds[0], path) for part in parts if str(part).strip())
         require(len(parts) == len(kinds), f"{path} is {value}: it must be one value or {len(kinds)}, as in [1, 2]")
         return tuple(_convert(part, of, path) for part, of in zip(parts, kinds, strict=True))
     require(not isinstance(value, (Mapping, list)), f"{path} is {value!r}: it must be a single value")

@@ -7,6 +7,8 @@ from dataclasses import field
 from typing import Literal
 
 from ray_dwm.configuring import below_one, frozen, not_negative, positive, require
+from ray_dwm.group_dro import GroupDroConfig
+from ray_dwm.selecting import MethodName
 
 NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
@@ -47,6 +49,10 @@ class DataConfig:
     """Name -> shards of further target sets; bilevel.target_weights says how much each counts."""
     held_out: dict[str, str] = field(default_factory=dict)
     """Name -> shards that are only ever evaluated."""
+    selection: MethodName = "none"
+    """Train on a part of data.train, chosen by this method; section `selection` has its budget and options."""
+    order: Literal["auto", "shuffled", "stored"] = "auto"
+    """Of the first epoch; later ones are shuffled. auto: stored where the shards' manifest says they are ordered."""
     block_rows: int = 32
     """Contiguous rows that are read together."""
     window_blocks: int = 1024
@@ -128,9 +134,10 @@ class TrainConfig:
 class WeightingConfig:
     """What gives the sequences of a global batch their weights; the fields are those of the online baselines."""
 
-    method: Literal["dwm", "uniform", "loss", "joint_update_aware"] = "dwm"
+    method: Literal["dwm", "uniform", "loss", "joint_update_aware", "group_dro"] = "dwm"
     """dwm: learnt (sections dwm and bilevel). uniform: plain training. loss: a function of the sequences' losses.
-    joint_update_aware: likeness to the target set, less redundancy. docs/baselines.md has formulas and sources."""
+    joint_update_aware: likeness to the target set, less redundancy. group_dro: by domain, in a game against the LM.
+    docs/baselines.md has formulas and sources."""
     strategy: Literal["linupper", "quadratic", "extremes"] = "linupper"
     """Which losses `loss` prefers: all but the low ones, medium ones, or the lowest and highest."""
     r: float = 0.4
@@ -147,6 +154,7 @@ class WeightingConfig:
     """LM steps between two refreshes of the anchor of `joint_update_aware`."""
     anchor_sequences: int = 32
     """Target sequences whose mean embedding is the anchor, drawn afresh for each refresh, over all workers."""
+    group_dro: GroupDroConfig = field(default_factory=GroupDroConfig)
 
     def __post_init__(self) -> None:
         positive("weighting", self, "r", "tau", "anchor_every", "anchor_sequences")

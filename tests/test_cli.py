@@ -212,6 +212,7 @@ def test_storage_that_cannot_be_written(
         (["export", "nowhere", "out"], "no finished run folder"),
         (["analyze", "nowhere"], "no finished run folder"),
         (["analyze", "nowhere", "--output", "."], "name a file in a folder that exists"),
+        (["score", "--dwm", "nowhere", "--pool", "nowhere", "--output", "s.parquet"], "holds no manifest.json"),
         (["evaluate", "nowhere", "nowhere", "--output", "no/where.json"], "name a file in a folder that exists"),
     ],
 )

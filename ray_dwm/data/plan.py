@@ -4,6 +4,9 @@ The files are cut into blocks of contiguous rows; an epoch permutes the blocks, 
 windows and permutes the rows of each window. Reading therefore touches a bounded part of the corpus at a
 time, nothing is shuffled in memory or in an object store, and batch k holds the same samples whatever the
 number of workers, the accumulation or the number of restarts.
+
+Shards whose order means something (a curriculum) are read as they are stored in the first epoch; later epochs, in
+which every row has been seen, are shuffled like any other's.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ class ReadPlan:
     seed: int
     block_rows: int = 32
     window_blocks: int = 1024
+    stored: bool = False
+    """Read the first epoch in the order of the files; its remainder are the last rows."""
 
     def __post_init__(self) -> None:
         if self.batches_per_epoch == 0:
@@ -52,10 +57,12 @@ class ReadPlan:
     def rows(self, batch: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
         """Row numbers of one rank's share of global batch `batch` (counted over all epochs), see `share_positions`."""
         epoch, within = divmod(batch, self.batches_per_epoch)
-        return self._at(epoch, within * self.global_batch + share_positions(self.global_batch, rank, world))
+        return self.at(epoch, within * self.global_batch + share_positions(self.global_batch, rank, world))
 
-    def _at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Row numbers at ascending positions of an epoch's order."""
+    def at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers at ascending positions of an epoch's order, remainder included."""
+        if self.stored and epoch == 0:
+            return positions
         _, bounds = _epoch_windows(self, epoch)
         first, last = (int(np.searchsorted(bounds, positions[end], side="right")) - 1 for end in (0, -1))
         order = np.concatenate([_window_rows(self, epoch, window) for window in range(first, last + 1)])

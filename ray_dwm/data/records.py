@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ray_dwm.errors import DataError
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path, of no other process or host, that takes the place of `path` when the body has ended well."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that appears, or replaces its forerunner, in one go."""
-    # Not of the process's number: on shared storage another node's process may have the same one.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from ray_dwm.data.manifest import file_sha256
@@ -54,6 +56,11 @@ class Tokenizer:
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
         return [[*ids, self.eos_token_id] for ids in encoded["input_ids"]]
+
+    def decode_all(self, ids_nT: NDArray[np.integer]) -> list[str]:
+        """Texts of rows of token ids; a line break stands where a document ends."""
+        texts = self._hf.backend_tokenizer.decode_batch(ids_nT.tolist(), skip_special_tokens=False)
+        return [text.replace(self._hf.eos_token, "\n") for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids."""

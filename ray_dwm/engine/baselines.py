@@ -12,7 +12,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.core.reweighting import anchor_alignment, annealed_r, joint_update_aware_weights, loss_based_weights
 from ray_dwm.core.weighting import log_relative
 from ray_dwm.data.shards import ShardReader
-from ray_dwm.engine.batch import draw
+from ray_dwm.engine.batch import Batch, draw
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.mesh import all_gather_rows
 from ray_dwm.engine.step import losses_and_statistics
@@ -36,9 +36,9 @@ class LossWeighting(Stateless):
         """See Weighting."""
         self._step = step
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
-        del input_ids_bT
+        del batch
         assert statistics_bS is not None
         c = self._config
         r = annealed_r(self._step, warmup_steps=c.r_warmup_steps, r_final=c.r, anneal_steps=c.r_anneal_steps)
@@ -75,9 +75,9 @@ class JointUpdateAwareWeighting(Stateless):
         embeddings = [losses_and_statistics(self._model, part, 1.0, self.statistics)[1] for part in parts]
         return all_gather_rows(torch.cat([x for x in embeddings if x is not None]))[:size].mean(dim=0)
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
-        del input_ids_bT
+        del batch
         assert statistics_bS is not None
         c, size = self._config.weighting, self._config.train.global_batch
         alignment_B, gram_BB = anchor_alignment(all_gather_rows(statistics_bS)[:size], self._anchor_D)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ray_dwm.core.losses import predicted_mask
 from ray_dwm.data.plan import ReadPlan, share_positions, target_rows
 from ray_dwm.data.shards import Rows, ShardReader
+from ray_dwm.data.stages import StagedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class BatchSource(Protocol):
 class LocalSource:
     """Reads the shards in this process: the reference that Ray Data ingest must equal."""
 
-    def __init__(self, reader: ShardReader, plan: ReadPlan, rank: int, world: int) -> None:
+    def __init__(self, reader: ShardReader, plan: ReadPlan | StagedPlan, rank: int, world: int) -> None:
         self._reader, self._plan, self._rank, self._world = reader, plan, rank, world
 
     def stream(self, first_batch: int, stop_batch: int) -> Iterator[Rows]:

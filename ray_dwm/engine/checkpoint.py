@@ -163,6 +163,19 @@ class Checkpointer:
         self._tidy({}, 0)
         return 0, Cursor()
 
+    def load(self, path: Path) -> tuple[int, Cursor]:
+        """Restore one checkpoint: (completed steps, cursor); the folder stays as it is.
+
+        Raises:
+            ConfigError: it is of another model, tokenizer, optimizer or weighting.
+            TrainingError: it is damaged.
+        """
+        state = self._state.capture(0, Cursor())
+        reason = self._load(path, state)
+        if reason is not None:
+            raise TrainingError(f"checkpoint {path} is damaged ({reason}): remove it and start the same command again")
+        return self._state.apply(state)
+
     def _load(self, path: Path, state: dict[str, Any]) -> str | None:
         """Load into `state`, where rank 0 finds no damage: why it is no good, the same on all ranks, or None."""
         other, reason, expected = self._by_main(

@@ -62,7 +62,7 @@ class Trainer:
         self._main = is_main()
 
     def fit(self) -> dict[str, float]:
-        """Train from the newest checkpoint to the last step; returns the last figures.
+        """Train from the newest checkpoint to the last step, or `until`; returns the last figures.
 
         Raises:
             Stopped: a rank was asked to end; the checkpoint of the last step, if one was taken, is whole.
@@ -79,15 +79,16 @@ class Trainer:
 
     def _steps(self, step: int, cursor: Cursor) -> dict[str, float]:
         config, last = self._config, self._config.train.steps
+        end = self._parts.until or last
         figures: dict[str, float] = {}
         stop = torch.tensor(float(self._asked_to_stop()), device=self._parts.device)
         if step < last and all_sum(stop) > 0:
             raise Stopped(f"[{config.name}] stopped at step {step}, before the next: the same command continues")
         if step == 0:
             figures = self._recorder.log({"step": 0, "tokens": 0, **self.evaluate(config.train.eval_sequences)})
-        batches = map(self._batch, self._parts.source.stream(cursor.batches, last))
+        batches = map(self._batch, self._parts.source.stream(cursor.batches, end))
         upcoming: Batch | None = None
-        while step < last:
+        while step < end:
             self._profiler.before(step)
             with self._clock.phase("data"):
                 batch = upcoming or next(batches)
@@ -98,6 +99,7 @@ class Trainer:
             with self._clock.phase("log"):
                 agreed = self._agree(result)
                 figures = self._recorder.figures(step, batch, result, agreed.loss)
+                figures |= self._parts.figures.get(step, {})
             if step % config.train.eval_every == 0 or step == last:
                 figures |= self.evaluate(config.train.eval_sequences)
             figures = self._recorder.log(figures)
@@ -105,7 +107,7 @@ class Trainer:
             if not agreed.writing:
                 self._tell_checkpoint()
             at_once = agreed.stop or (agreed.look and self._preempted())
-            if step % config.checkpoint.every == 0 or step == last or at_once:
+            if step % config.checkpoint.every == 0 or step == end or at_once:
                 self._checkpoint(step, cursor, figures)
             if at_once:
                 self._tell_checkpoint()

@@ -50,6 +50,10 @@ class Parts:
     """Asked before the first step and after each on every rank: where one says yes, all end, as after a SIGTERM."""
     preempted: Callable[[], bool] | None = None
     """Asked from time to time on all ranks together, which get the same answer: yes saves a checkpoint at once."""
+    until: int = 0
+    """Steps after which the loop ends with a checkpoint, from which another one goes on; 0: train.steps."""
+    figures: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """Step -> what its line of metrics.jsonl says besides."""
 
     @property
     def weigher(self) -> Weigher | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.controls import dwm_weights
 from ray_dwm.engine.weigher import batch_scores
 from ray_dwm.engine.weighting import Stateless, Statistics
@@ -99,9 +100,9 @@ class ReplayedWeighting(Stateless):
         self._index = index
 
     @torch.no_grad()
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
-        scores_B = batch_scores(self._model, input_ids_bT, statistics_bS, self._config.train.global_batch)
+        scores_B = batch_scores(self._model, batch.input_ids, statistics_bS, self._config.train.global_batch)
         if self._index < 0:
             scores_B = torch.zeros_like(scores_B)
         return scores_B, dwm_weights(self._config, scores_B, self._step)

@@ -13,12 +13,16 @@ from typing import Any
 from ray_dwm.config import RunConfig, load, to_dict, to_yaml
 from ray_dwm.data.manifest import MANIFEST, file_sha256
 from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.engine.reference import reference_weights
 from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, UserError
 
 # What may differ when a run is resumed: where and on what it runs, not what it computes.
 _DATA = "data.json"
-_FREE = ("storage", "cluster", "parallel", "tracking", "prepare", "checkpoint")
+_FREE = ("storage", "cluster", "parallel", "tracking", "prepare", "selection", "checkpoint")
 _FREE_KEYS = ("train.micro_batch", "train.profile", "train.profile_first", "train.profile_steps")
+
+_CHOICE = ("selection.mates.", "selection.budget", "selection.temperature", "selection.stratified")
+"""Of a run that chooses its data itself; what is selected before a run is what its data are."""
 
 
 def check(config: RunConfig) -> None:
@@ -32,8 +36,7 @@ def check(config: RunConfig) -> None:
     if path.is_file():
         before, now = _flat(_stored(path)), _flat(to_dict(config))
         for key in sorted(before.keys() | now.keys()):
-            free = key.split(".")[0] in _FREE or key in _FREE_KEYS
-            if not free and before.get(key) != now.get(key):
+            if not _is_free(key, config) and before.get(key) != now.get(key):
                 raise ConfigError(
                     f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
                     "choose another name=..., or remove the folder"
@@ -42,6 +45,12 @@ def check(config: RunConfig) -> None:
     place = next(folder for folder in (config.run_dir, *config.run_dir.parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"run folder {config.run_dir} cannot be written: choose another storage=...")
+
+
+def _is_free(key: str, config: RunConfig) -> bool:
+    if config.in_stages and key.startswith(_CHOICE):
+        return False
+    return key.split(".")[0] in _FREE or key in _FREE_KEYS
 
 
 @contextmanager
@@ -91,6 +100,8 @@ def data_digests(config: RunConfig) -> dict[str, str]:
         files["dwm.init_from"] = Path(config.dwm.init_from).expanduser() / "model.safetensors"
     if config.dwm.trajectory:
         files["dwm.trajectory"] = Path(config.dwm.trajectory).expanduser() / "trajectory.json"
+    if (reference := reference_weights(config)) is not None:
+        files["weighting.group_dro.reference"] = reference
     return {name: file_sha256(path) for name, path in files.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,10 +12,12 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import ShardReader, open_shards
+from ray_dwm.data.stages import StagedPlan
 from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
 from ray_dwm.engine.checkpoint import list_checkpoints
+from ray_dwm.engine.group_dro import GroupDroWeighting, initial_weights
 from ray_dwm.engine.identity import difference, foreign, run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
 from ray_dwm.engine.materialize import materialize, without_values
@@ -23,6 +25,7 @@ from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.parts import Parts
+from ray_dwm.engine.reference import build_reference, check_reference
 from ray_dwm.engine.replay import ReplayedWeighting
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
@@ -78,6 +81,9 @@ def check_data(config: RunConfig) -> Manifest:
             "weighting.method=uniform"
         )
     _check_given_dwm(config, train)
+    if config.weighting.method == "group_dro":
+        initial_weights(config, train.domain_names)
+        check_reference(config, train, seq_len(config, train))
     return train
 
 
@@ -117,14 +123,26 @@ def seq_len(config: RunConfig, train: Manifest) -> int:
     return config.lm.seq_len or train.seq_len
 
 
-def read_plan(config: RunConfig, train: Manifest) -> ReadPlan:
+def read_plan(config: RunConfig, train: Manifest) -> ReadPlan | StagedPlan:
     """The order of the training set."""
+    if config.in_stages:
+        return StagedPlan(
+            run_dir=str(config.run_dir),
+            steps=config.train.steps,
+            stages=config.selection.mates.stages,
+            global_batch=config.train.global_batch,
+            seed=config.seed,
+            block_rows=config.data.block_rows,
+            window_blocks=config.data.window_blocks,
+        )
+    ordered = train.made_by.get("ordered") is True
     return ReadPlan(
         rows_per_file=train.rows_per_file,
         global_batch=config.train.global_batch,
         seed=config.seed,
         block_rows=config.data.block_rows,
         window_blocks=config.data.window_blocks,
+        stored=config.data.order == "stored" or (config.data.order == "auto" and ordered),
     )
 
 
@@ -164,6 +182,8 @@ def build(
     on_version: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     preempted: Callable[[], bool] | None = None,
+    until: int = 0,
+    figures: Mapping[int, Mapping[str, float]] | None = None,
 ) -> Parts:
     """Put a run together. Without `source` and `service` the shards are read and the DWM is learnt in this process."""
     train = check_data(config)
@@ -191,6 +211,8 @@ def build(
         weighting = LossWeighting(config)
     elif config.weighting.method == "joint_update_aware":
         weighting = JointUpdateAwareWeighting(config, model, targets["target"], tokens, place)
+    elif config.weighting.method == "group_dro":
+        weighting = GroupDroWeighting(config, train, build_reference(config, mesh))
     if source is None:
         reader: ShardReader = open_shards(config.data.train)
         source = LocalSource(reader, read_plan(config, train), dist.get_rank(), dist.get_world_size())
@@ -212,4 +234,6 @@ def build(
         on_version=on_version,
         should_stop=should_stop,
         preempted=preempted,
+        until=until,
+        figures=figures or {},
     )

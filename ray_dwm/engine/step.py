@@ -86,6 +86,8 @@ def losses_and_statistics(
         return losses_b, None
     if statistics == "embedding":
         return losses_b, output.embeddings_bd.float()
+    if statistics == "tokens":
+        return losses_b, output.losses_bT.detach()
     found = [output.losses_bT.detach()]
     if output.entropies_bT is not None:
         found.append(output.entropies_bT)
@@ -168,7 +170,7 @@ class LowerLevel:
         if weighting is None:
             size = self.config.global_batch
             return None, torch.full((size,), 1.0 / size, device=batch.input_ids.device)
-        return weighting.weigh(batch.input_ids, statistics_bS)
+        return weighting.weigh(batch, statistics_bS)
 
     def _clip(self, step: int) -> float:
         grads = [p.grad for p in self.parameters if p.grad is not None]

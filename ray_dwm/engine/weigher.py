@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.schedules import BilevelSchedule, EveryN, Staged
+from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.budget import first_every
 from ray_dwm.engine.controls import dwm_weights, learnt_alignments
 from ray_dwm.engine.learner import METRICS, Feedback, State, WeightService
@@ -126,10 +127,10 @@ class Weigher:
         figures = zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True)
         return {"dwm/version": self.version, **{f"dwm/{name}": value for name, value in figures}}
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting; the scores are the DWM's own, whatever a null control makes of its weights."""
         if self._now is None:
-            return self._weigh(self._step, input_ids_bT, statistics_bS)
+            return self._weigh(self._step, batch.input_ids, statistics_bS)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             for tensor in (self._now.scores_B, self._now.weights_B):

@@ -6,12 +6,14 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.learner import State
 
-Statistics = Literal["none", "loss", "loss_and_entropy", "embedding"]
+Statistics = Literal["none", "loss", "loss_and_entropy", "embedding", "tokens"]
 """What a weighting looks at besides the token ids: S numbers about each sequence, of the LM before its step. `loss` is
 the mean over counted tokens in nats, S = 1; `loss_and_entropy` adds that of the predictive entropy, S = 2; `embedding`
-is the last layer's hidden state of the last token, S = the LM's width."""
+is the last layer's hidden state of the last token, S = the LM's width; `tokens` is the loss of every prediction, those
+that do not count too, S = T - 1."""
 
 
 class Weighting(Protocol):
@@ -29,10 +31,10 @@ class Weighting(Protocol):
         """Get ready for LM step `step` (from 0), before its forward."""
         ...
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(scores, weights) of the global batch, both (B,), from this rank's sequences and their statistics.
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(scores, weights) of the global batch, both (B,), from this rank's share of it and its statistics.
 
-        Weights sum to 1. Scores are what they were made from, for the record.
+        Once a step. Weights sum to 1. Scores are what they were made from, for the record.
         """
         ...
 
@@ -78,6 +80,6 @@ class GivenWeights(Stateless):
     def __init__(self, weights_B: Tensor) -> None:
         self._weights_B = weights_B
 
-    def weigh(self, input_ids_bT: Tensor, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting."""
         return self._weights_B, self._weights_B

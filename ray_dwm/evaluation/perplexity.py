@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from ray_dwm.core.losses import predicted_mask, token_losses
 from ray_dwm.data.manifest import file_sha256, load_manifest
-from ray_dwm.data.shards import ShardReader
+from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.errors import DataError, UserError
+from ray_dwm.models.hf import lm_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def load_lm(folder: Path) -> torch.nn.Module:
     Raises:
         UserError: where there is none.
     """
-    path = _lm_folder(folder)
+    path = lm_folder(folder)
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is neither a finished run folder nor a Hugging Face folder: name one of these")
     try:
@@ -53,11 +54,6 @@ def load_lm(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def _lm_folder(folder: Path) -> Path:
-    return folder / "hf" if (folder / "hf").is_dir() else folder
-
-
-@torch.no_grad()
 def sequence_losses(
     model: torch.nn.Module, reader: ShardReader, batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -65,13 +61,26 @@ def sequence_losses(
     nats, tokens, domains = [], [], []
     for start in range(0, reader.manifest.rows, batch):
         rows = reader.take(np.arange(start, min(start + batch, reader.manifest.rows)))
-        ids = torch.from_numpy(rows.input_ids.astype(np.int64))
-        mask = predicted_mask(None if rows.loss_mask is None else torch.from_numpy(rows.loss_mask), ids)
-        losses = token_losses(model(input_ids=ids).logits, ids) * mask
-        nats.append(losses.double().sum(dim=1).numpy())
-        tokens.append(mask.sum(dim=1).numpy())
+        found = row_losses(model, rows)
+        nats.append(found[0])
+        tokens.append(found[1])
         domains.append(rows.domains)
     return np.concatenate(nats), np.concatenate(tokens), np.concatenate(domains)
+
+
+@torch.no_grad()
+def row_losses(model: torch.nn.Module, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """(nats, counted tokens) of some sequences, each (n,), in one forward pass on the LM's device."""
+    ids, mask = to_tensors(rows, next(model.parameters()).device)
+    losses = token_losses(model(input_ids=ids).logits, ids) * mask
+    return losses.double().sum(dim=1).cpu().numpy(), mask.sum(dim=1).cpu().numpy()
+
+
+def to_tensors(rows: Rows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, (n, T), and which of their predictions count, (n, T-1)."""
+    ids = torch.from_numpy(rows.input_ids.astype(np.int64)).to(device)
+    mask = None if rows.loss_mask is None else torch.from_numpy(rows.loss_mask).to(device)
+    return ids, predicted_mask(mask, ids)
 
 
 def evaluate(model: torch.nn.Module, folder: Path, batch: int = 32, tokenizer: str | None = None) -> list[Result]:
@@ -116,7 +125,7 @@ def _result(name: str, domain: str, nats: np.ndarray, tokens: np.ndarray, bytes_
 def evaluate_folders(lm: Path, folders: Sequence[Path], batch: int = 32) -> list[Result]:
     """Figures of several folders."""
     model = load_lm(lm)
-    path = _lm_folder(lm) / "tokenizer.json"
+    path = lm_folder(lm) / "tokenizer.json"
     tokenizer = file_sha256(path) if path.is_file() else None
     return [result for folder in folders for result in evaluate(model, folder, batch, tokenizer)]
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ray_dwm.errors import DataError
 from ray_dwm.models.dwm import DataWeightingModel, DwmShape
+from ray_dwm.models.lm import Lm
 
 _MODEL_CARD = """---
 library_name: transformers
@@ -48,6 +50,36 @@ def save_lm(
     model.save_pretrained(folder)
     (folder / "ray_dwm_config.yaml").write_text(config_yaml)
     (folder / "README.md").write_text(_MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting))
+
+
+def lm_folder(folder: Path) -> Path:
+    """Where the LM of a run folder or a Hugging Face folder lies."""
+    return folder / "hf" if (folder / "hf").is_dir() else folder
+
+
+def load_lm(folder: Path, *, loss_chunk: int = 0, attention: str = "auto") -> Lm:
+    """The Llama of a run folder or a Hugging Face folder, in fp32, whose forward ends in losses.
+
+    Raises:
+        DataError: its weights are missing, damaged, or not all of them.
+    """
+    path = lm_folder(folder)
+    try:
+        model, found = Lm.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="eager" if attention == "eager" else "sdpa",
+            output_loading_info=True,
+            loss_chunk=loss_chunk,
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"{sorted(found['missing_keys'])[0]} is missing")
+    except Exception as error:  # transformers raises many kinds for a damaged folder
+        raise DataError(f"{path} cannot be loaded as an LM ({str(error).splitlines()[0]}): train it anew") from None
+    model.config.use_cache = False
+    return model
 
 
 def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ from ray_dwm.orchestration.cluster import (
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.dwm_actor import actor_name
 from ray_dwm.orchestration.findings import Finding, attempt, count, has_failed, run_check
-from ray_dwm.orchestration.train import absolute, storage_is_temporary
+from ray_dwm.orchestration.run import absolute
+from ray_dwm.orchestration.train import storage_is_temporary
 
 _LIMIT_S = 120.0
 """Of a check that waits for processes of Ray; their own waits are shorter, so that they can say more."""

@@ -13,11 +13,12 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
-from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, seq_len
+from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan, seq_len
 from ray_dwm.models.lm import parameter_count
 from ray_dwm.orchestration.cluster import fitting, in_job, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
+from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.prepare import sets_to_make
 
 MOST_EPOCHS = 4.0
@@ -47,18 +48,22 @@ def check_sets(config: RunConfig) -> list[Finding]:
             remedy = "give the data.* folders as absolute paths on storage that all nodes see"
         return [Finding("data", "warning", found, remedy)]
     train = check_data(config)
+    if config.in_stages:
+        check_stages(config, train)
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]
     sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in evaluation_sets(config).items()]
     found = f"{', '.join(sizes)}; one tokenizer"
-    return [Finding("data", "ok", found), check_epochs(config, train.rows, seq_len(config, train))]
+    stored = read_plan(config, train).stored
+    return [Finding("data", "ok", found), check_epochs(config, train.rows, seq_len(config, train), stored)]
 
 
-def check_epochs(config: RunConfig, rows: int, tokens: int) -> Finding:
+def check_epochs(config: RunConfig, rows: int, tokens: int, stored: bool = False) -> Finding:
     """How often the run reads the training set.
 
     Args:
         rows: sequences of the training set.
         tokens: those of each sequence that are used.
+        stored: they are read in the order in which they are stored.
     """
     drawn = config.train.steps * config.train.global_batch
     epochs = drawn / rows
@@ -66,7 +71,11 @@ def check_epochs(config: RunConfig, rows: int, tokens: int) -> Finding:
     if epochs > MOST_EPOCHS:
         remedy = f"add data or lower train.steps: beyond {MOST_EPOCHS:g} epochs repeated data is worth little"
         return Finding("epochs", "warning", found, remedy)
-    return Finding("epochs", "ok", found)
+    if stored and drawn < rows // config.train.global_batch * config.train.global_batch:
+        found += ", in stored order: the last part of it is never seen"
+        remedy = "select for a budget of train.steps * train.global_batch sequences, or data.order=shuffled"
+        return Finding("epochs", "warning", found, remedy)
+    return Finding("epochs", "ok", f"{found}, the first in stored order" if stored else found)
 
 
 def check_shards(config: RunConfig) -> Finding:

@@ -22,6 +22,7 @@ from ray.data.block import BlockMetadata
 
 from ray_dwm.data.plan import ReadPlan, share_positions
 from ray_dwm.data.shards import Rows, fixed_lists, open_shards
+from ray_dwm.data.stages import StagedPlan
 from ray_dwm.errors import DataError
 from ray_dwm.orchestration.cluster import quiet_ray_data
 
@@ -35,7 +36,7 @@ class RankDatasource(Datasource):
     """One rank's share of the global batches first .. stop - 1, in blocks of about `block_bytes`."""
 
     def __init__(
-        self, folder: str, plan: ReadPlan, rank: int, world: int, first: int, stop: int, block_bytes: int
+        self, folder: str, plan: ReadPlan | StagedPlan, rank: int, world: int, first: int, stop: int, block_bytes: int
     ) -> None:
         self.share = len(share_positions(plan.global_batch, rank, world))
         self._row_bytes = open_shards(folder).row_bytes + 8  # and the number of the batch
@@ -70,7 +71,7 @@ class RankDatasource(Datasource):
 
 
 def _read(
-    folder: str, plan: ReadPlan, rank: int, world: int, block_batches: int, start: int, stop: int
+    folder: str, plan: ReadPlan | StagedPlan, rank: int, world: int, block_batches: int, start: int, stop: int
 ) -> Iterator[pa.Table]:
     reader = open_shards(folder)
     for first in range(start, stop, block_batches):
@@ -91,7 +92,9 @@ def _read(
 class RayDataSource:
     """A BatchSource that streams through Ray Data."""
 
-    def __init__(self, folder: str, plan: ReadPlan, rank: int, world: int, prefetch: int, memory_mb: int) -> None:
+    def __init__(
+        self, folder: str, plan: ReadPlan | StagedPlan, rank: int, world: int, prefetch: int, memory_mb: int
+    ) -> None:
         self._folder, self._plan, self._rank, self._world = folder, plan, rank, world
         self._prefetch, self._memory_bytes = prefetch, memory_mb * 2**20
 

@@ -32,11 +32,32 @@ def test_an_epoch_visits_no_row_twice(epoch: int) -> None:
     assert rows.min() >= 0 and rows.max() < 106
 
 
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("batch", [0, 7, 12, 13, 40])
-def test_ranks_share_the_same_global_batch(world: int, batch: int) -> None:
-    shares = [plan().rows(batch, rank, world) for rank in range(world)]
-    np.testing.assert_array_equal(np.concatenate(shares), plan().rows(batch))
+def test_ranks_share_the_same_global_batch(world: int, batch: int, stored: bool) -> None:
+    shares = [plan(stored=stored).rows(batch, rank, world) for rank in range(world)]
+    np.testing.assert_array_equal(np.concatenate(shares), plan(stored=stored).rows(batch))
+
+
+def test_the_order_of_plain_shards_stays_what_it_was() -> None:
+    """A run that is continued after an update must go on where it was."""
+    assert plan().rows(0).tolist() == [95, 96, 97, 94, 30, 28, 43, 49]
+    assert plan().rows(14).tolist() == [46, 14, 48, 15, 80, 65, 78, 36]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("first", [0, 5])
+def test_stored_order_on_any_number_of_ranks_and_after_a_restart(world: int, first: int) -> None:
+    """Batches first .. of the first epoch are the rows from first * 8 on, whoever reads them and wherever he begins."""
+    p = plan(stored=True)
+    batches = [np.concatenate([p.rows(k, rank, world) for rank in range(world)])[:8] for k in range(first, 13)]
+    assert np.concatenate(batches).tolist() == list(range(first * 8, 104))
+
+
+def test_epochs_after_a_stored_one_are_shuffled_as_ever() -> None:
+    for batch in range(13, 30):
+        np.testing.assert_array_equal(plan(stored=True).rows(batch), plan().rows(batch))
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:

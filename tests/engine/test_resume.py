@@ -170,3 +170,22 @@ def test_the_driver_refuses_a_checkpoint_of_another_run_before_anything_starts(
     config, other = tiny_config(shards, tmp_path), tiny_config(shards, tmp_path, "lm.preset=quickstart")
     message = run(1, tmp_path / "p", saved_and_checked, config, other)
     assert "step_000000006 is of another run (lm.width is 32 there and 96 here)" in message
+
+
+def in_parts(config: RunConfig, ends: list[int]) -> list[dict[str, float]]:
+    """A run that is trained up to one step after the other; each part ends with a checkpoint."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    for end in ends:
+        Trainer(build(config, until=end, figures={6: {"told": 0.5}})).fit()
+        assert step_of(list_checkpoints(config.run_dir / "checkpoints")[-1]) == end
+    return lines_of(config)
+
+
+@pytest.mark.parametrize("extra", [(), ("dwm.look_ahead=true", "dwm.delay_steps=2")])
+def test_a_run_in_parts_is_the_same_run(shards: dict[str, Path], tmp_path: Path, extra: tuple[str, ...]) -> None:
+    whole = tiny_config(shards, tmp_path, *OPTIONS, *extra, "name=whole")
+    parts = tiny_config(shards, tmp_path, *OPTIONS, *extra, "name=parts")
+    expected = run(1, tmp_path / "p", train, whole)["lines"]
+    found = run(1, tmp_path / "p", in_parts, parts, [5, 7, STEPS])
+    assert found[6].pop("told") == 0.5
+    assert found == expected

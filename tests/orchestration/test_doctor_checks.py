@@ -166,9 +166,18 @@ def test_wandb(mode: str, key: bool, state: str) -> None:
     assert state == "ok" or ("b (10.0.0.1)" in row.found and "a (" not in row.found)
 
 
-@pytest.mark.parametrize(("rows", "state", "words"), [(6400, "ok", "1.00 epochs"), (1000, "warning", "6.40 epochs")])
-def test_epochs(rows: int, state: str, words: str) -> None:
-    row = doctor_config.check_epochs(config("train.steps=100"), rows, tokens=100)
+@pytest.mark.parametrize(
+    ("rows", "stored", "state", "words"),
+    [
+        (6400, False, "ok", "1.00 epochs of the training set"),
+        (1000, False, "warning", "6.40 epochs"),
+        (6463, True, "ok", "0.99 epochs of the training set, the first in stored order"),  # but for a part of a batch
+        (6464, True, "warning", "0.99 epochs of the training set, in stored order: the last part"),
+        (6464, False, "ok", "0.99 epochs of the training set"),
+    ],
+)
+def test_epochs(rows: int, stored: bool, state: str, words: str) -> None:
+    row = doctor_config.check_epochs(config("train.steps=100"), rows, tokens=100, stored=stored)
     assert row.state == state
     assert f"0.6 M tokens are {words}" in row.found
 

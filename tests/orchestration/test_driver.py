@@ -15,14 +15,14 @@ from ray_dwm.engine.mesh import TIMEOUT_S
 from ray_dwm.engine.rundir import record_failure, running_path, stop_path
 from ray_dwm.engine.setup import check_data
 from ray_dwm.errors import Stopped, TrainingError
-from ray_dwm.orchestration import train
+from ray_dwm.orchestration import fit
 
 
 @pytest.mark.parametrize(("gpus", "environment"), [(0, {"CUDA_VISIBLE_DEVICES": ""}), (1, {}), (0.5, {})])
 def test_workers_see_no_gpu_that_they_did_not_ask_for(
     shards: dict[str, Path], tmp_path: Path, gpus: float, environment: dict[str, str]
 ) -> None:
-    trainer = train._trainer(tiny_config(shards, tmp_path, f"cluster.gpus_per_worker={gpus}"))
+    trainer = fit._trainer(tiny_config(shards, tmp_path, f"cluster.gpus_per_worker={gpus}"), 0, {})
     assert trainer.run_config.worker_runtime_env == {"env_vars": environment}
     assert trainer.backend_config.timeout_s == TIMEOUT_S
 
@@ -73,8 +73,8 @@ def test_a_sigterm_is_answered_whether_workers_run_or_not(
 ) -> None:
     config = tiny_config(shards, tmp_path, "weighting.method=uniform")
     config.run_dir.mkdir(parents=True)
-    monkeypatch.setattr(train, "_trainer", lambda config: trainer(config, workers_run))
+    monkeypatch.setattr(fit, "_trainer", lambda config, until, figures: trainer(config, workers_run))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(kind, match=told):
-        train._fit(config, check_data(config))
+        fit.fit(config, check_data(config))
     assert signal.getsignal(signal.SIGTERM) == before

@@ -27,10 +27,17 @@ def driver(cluster: dict[str, str]) -> Any:
     ray.shutdown()
 
 
-@pytest.mark.parametrize(("world", "first", "stop"), [(1, 0, 20), (2, 0, 20), (2, 13, 37), (4, 31, 33)])
-def test_streams_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, first: int, stop: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "first", "stop", "stored"),
+    [(1, 0, 20, False), (2, 0, 20, False), (2, 13, 37, True), (4, 31, 33, False)],
+)
+def test_streams_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, first: int, stop: int, stored: bool
+) -> None:
     manifest = make_shards(tmp_path / "shards", good=60, noise=70, files=3, masked=True)
-    plan = ReadPlan(rows_per_file=manifest.rows_per_file, global_batch=8, seed=5, block_rows=4, window_blocks=8)
+    plan = ReadPlan(
+        rows_per_file=manifest.rows_per_file, global_batch=8, seed=5, block_rows=4, window_blocks=8, stored=stored
+    )
     # Several blocks and read tasks, and epochs that end inside one.
     monkeypatch.setattr(ingest, "_BLOCKS_IN_MEMORY", 64 * 2**20 // 1300)
     monkeypatch.setattr(ingest, "_TASK_BLOCKS", 2)

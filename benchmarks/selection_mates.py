@@ -1,0 +1,142 @@
+"""What MATES' influence model learns of the quickstart's LM, and what probing costs.
+
+    python benchmarks/selection_mates.py
+    python benchmarks/selection_mates.py --steps 10 --probes 64   # a quick look
+
+The quickstart's LM is trained on random batches of the bundled corpus up to the end of a first stage; then sequences of
+the pool are probed there. For each size of the influence model: rank correlation between predicted and oracle influence
+on probes that were held out, over several splits, and the same with influences that were dealt out at random, which is
+what learning nothing looks like. Also: how far two draws of target sequences agree on the probes' order, which bounds
+what can be learnt, how far bf16 agrees with fp32, and seconds. One process, no Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, versions, where
+from numpy.typing import NDArray
+
+from ray_dwm.config import RunConfig, build, load, to_dict, to_yaml
+from ray_dwm.data.records import read_metrics, write_whole
+from ray_dwm.data.shards import Rows, open_shards
+from ray_dwm.engine import probe
+from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.setup import build as build_parts
+from ray_dwm.selecting import MatesConfig
+from ray_dwm.selection.influence import Fit, spearman
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+
+def trained(args: argparse.Namespace, storage: str) -> RunConfig:
+    """A run that has ended a first stage."""
+    overrides = [f"storage={storage}", "weighting.method=uniform", "cluster.workers=1", "tracking.wandb=off"]
+    overrides += [f"data.{name}={args.data / name}" for name in ("train", "target")]
+    overrides += [f"data.held_out.{name}={args.data / name}" for name in ("novels", "mixture")]
+    config = load([CONFIG], overrides)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    Trainer(build_parts(config, until=args.steps)).fit()
+    return config
+
+
+def bf16(alone: Callable[[RunConfig], RunConfig]) -> Callable[[RunConfig], RunConfig]:
+    """A probe's configuration, but for its precision."""
+
+    def changed(run: RunConfig) -> RunConfig:
+        values = to_dict(alone(run))
+        values["train"]["precision"] = "bf16"
+        return build(RunConfig, values)
+
+    return changed
+
+
+def influences(config: RunConfig, steps: int, rows: Rows, targets: int, seed: int = 0) -> tuple[Any, float]:
+    """Oracle influences, and seconds for one."""
+    prober = probe.Prober(config.run_dir, steps)
+    started = time.perf_counter()
+    found = prober.influences(rows, {"target": config.data.target}, targets, seed)
+    return found, (time.perf_counter() - started) / len(rows)
+
+
+def learnt(rows: Rows, values: NDArray[np.float64], size: str, splits: int) -> dict[str, Any]:
+    """Correlations on held-out probes over splits, of the influences and of shuffled ones, and seconds of a fit."""
+    options, seq_len = build(MatesConfig, {"size": size}), rows.input_ids.shape[1]
+    shuffled = np.random.default_rng(0).permutation(values)
+    started = time.perf_counter()
+    found = [Fit(values, options, 8192, seq_len, seed)(rows) for seed in range(splits)]
+    seconds = (time.perf_counter() - started) / splits
+    nothing = [float(Fit(shuffled, options, 8192, seq_len, seed)(rows)["spearman"]) for seed in range(splits)]
+    return {
+        "spearman": [float(fitted["spearman"]) for fitted in found],
+        "r2": [float(fitted["r2"]) for fitted in found],
+        "spearman_shuffled": nothing,
+        "fit_seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/quickstart"))
+    parser.add_argument("--steps", type=int, default=40, help="LM steps before probing, of the quickstart's 160")
+    parser.add_argument("--probes", type=int, default=1024)
+    parser.add_argument("--targets", type=int, default=64, help="target sequences of one loss")
+    parser.add_argument("--sizes", nargs="+", default=["xs", "s"])
+    parser.add_argument("--splits", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=RESULTS / "selection_mates.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as storage:
+        config = trained(args, storage)
+        reader = open_shards(config.data.train)
+        chosen = np.sort(np.random.default_rng(1).choice(reader.manifest.rows, args.probes, replace=False))
+        rows = reader.take(chosen)
+        values, seconds = influences(config, args.steps, rows, args.targets)
+        part = rows[np.arange(min(256, args.probes))]
+        again, _ = influences(config, args.steps, part, args.targets, seed=1)
+        alone = probe._alone
+        probe._alone = bf16(alone)
+        rough, _ = influences(config, args.steps, part, args.targets)
+        lines = read_metrics(config.run_dir / "metrics.jsonl")
+    step_seconds = mean(sum(v for k, v in line.items() if k.startswith("seconds/")) for line in lines[3:])
+    content = {
+        "benchmark": "selection_mates",
+        "device": where(),
+        "versions": versions(),
+        "options": {key: str(value) for key, value in vars(args).items()},
+        "spearman_between_target_draws": spearman(values[: len(part)], again),
+        "spearman_bf16_fp32": spearman(values[: len(part)], rough),
+        "probe_seconds": seconds,
+        "step_seconds": step_seconds,
+        "influence_by_domain": {
+            name: [float(values[rows.domains == code].mean()), float(values[rows.domains == code].std())]
+            for code, name in enumerate(reader.manifest.domain_names)
+        },
+        "models": {size: learnt(rows, values, size, args.splits) for size in args.sizes},
+    }
+    write_whole(args.output, json.dumps(content, indent=2) + "\n")
+    print(f"two draws of {args.targets} target sequences: Spearman {content['spearman_between_target_draws']:.3f}")
+    print(f"bf16 against fp32: {content['spearman_bf16_fp32']:.3f}")
+    print(f"a probe {seconds:.3f} s, an LM step {step_seconds:.3f} s")
+    for name, (average, deviation) in content["influence_by_domain"].items():
+        print(f"{name:<12}{average:>12.2e} ± {deviation:.1e} nats")
+    for size, found in content["models"].items():
+        shown = [
+            f"{key} {mean(found[key]):.2f} ± {stdev(found[key]):.2f}" for key in ("spearman", "spearman_shuffled", "r2")
+        ]
+        print(f"{size}: {', '.join(shown)}, {found['fit_seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

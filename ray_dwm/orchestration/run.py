@@ -1,0 +1,68 @@
+"""A run of given data: what is checked before it starts, and who may write into its folder while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray_dwm.config import RunConfig, build, to_dict
+from ray_dwm.data.manifest import Manifest
+from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.rundir import check, claim, read_summary
+from ray_dwm.engine.setup import check_checkpoint, check_data, evaluation_sets
+from ray_dwm.orchestration.cluster import connect, preflight
+from ray_dwm.orchestration.fit import fit
+
+
+def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]] = fit) -> dict[str, Any]:
+    """Run to the end, or continue an interrupted run of the same name; returns summary.json's content.
+
+    Args:
+        train: what trains, once all is checked and the folder claimed.
+
+    Raises:
+        UserError: before anything was started.
+        TrainingError: the run failed, or was stopped by a SIGTERM; the last checkpoint is intact.
+    """
+    manifest = check_data(config)
+    for folder in (config.data.train, *evaluation_sets(config).values()):
+        open_shards(folder).verify()
+    config = absolute(config)
+    check(config)
+    done = read_summary(config)
+    if done is not None:
+        print(f"[{config.name}] is complete already: {config.run_dir}", flush=True)
+        return done
+    check_checkpoint(config, manifest)
+    connect(config)
+    workers = preflight(config)
+    if workers < config.cluster.most_workers:
+        print(
+            f"[{config.name}] the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the "
+            "others join when nodes come",
+            flush=True,
+        )
+    with claim(config):
+        print(f"[{config.name}] run folder {config.run_dir}", flush=True)
+        return train(config, manifest)
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Paths as every process of the cluster must see them."""
+    data = to_dict(config)
+    data["storage"] = str(config.run_dir.parent)
+    for name in ("train", "target"):
+        if data["data"][name]:
+            data["data"][name] = str(Path(data["data"][name]).expanduser().absolute())
+    for name in ("init_from", "trajectory"):
+        if data["dwm"][name]:
+            data["dwm"][name] = str(Path(data["dwm"][name]).expanduser().absolute())
+    group_dro = data["weighting"]["group_dro"]
+    if group_dro["reference"]:
+        group_dro["reference"] = str(Path(group_dro["reference"]).expanduser().absolute())
+    for section in ("more_targets", "held_out"):
+        folders = data["data"][section]
+        data["data"][section] = {k: str(Path(v).expanduser().absolute()) for k, v in folders.items()}
+    resolved: RunConfig = build(RunConfig, data)
+    return resolved

@@ -1,0 +1,122 @@
+"""Proxy LMs of a selection: what is planned, what is refused, and what is trained once for all selections."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from lms import tiny_lm
+from synthetic import tiny_config
+
+from ray_dwm.config import load
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.shards import open_shards
+from ray_dwm.errors import DwmError, UserError
+from ray_dwm.orchestration.proxies import plan_proxies
+from ray_dwm.orchestration.select import select
+
+
+def test_lists_of_folders_may_be_written_as_yaml_or_with_commas(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("selection:\n  proxy:\n    folders: [a, b]\n")
+    expected = ("a", "b")
+    assert load([tmp_path / "c.yaml"]).selection.proxy.folders == expected
+    assert load([], ["selection.proxy.folders=a,b"]).selection.proxy.folders == expected
+    assert load([], ["selection.proxy.folders="]).selection.proxy.folders == ()
+
+
+def test_names_say_what_a_proxy_is_trained_on_and_how(shards: dict[str, Path], tmp_path: Path) -> None:
+    pool = load_manifest(shards["train"])
+
+    def names(*overrides: str) -> list[str]:
+        config = tiny_config(shards, tmp_path, "selection.proxy.count=2", *overrides)
+        planned = plan_proxies(config, pool)
+        runs = [proxy.run for proxy in planned if proxy.run is not None]
+        assert [(run.weighting.method, run.data.order) for run in runs] == [("uniform", "shuffled")] * 2
+        return [proxy.folder.parent.name for proxy in planned]
+
+    first = names()
+    assert len(set(first)) == 2
+    assert names("train.micro_batch=4", "name=other", "bilevel.every=7", "selection.budget=32") == first
+    assert names("seed=1")[0] == first[1]
+    for changed in ("selection.proxy.lr=1e-2", "selection.proxy.preset=tiny", "train.global_batch=16"):
+        assert not set(names(changed)) & set(first)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("nothing", "neither a finished run folder nor a Hugging Face folder"),
+        ("vocabulary", "has vocab_size = 32, the pool .* has 64 token ids"),
+        ("length", "has max_position_embeddings = 8, the pool .* has 16 tokens a sequence"),
+        ("tokenizer", "has another tokenizer than the pool"),
+    ],
+)
+def test_named_folders_that_do_not_fit_are_refused(
+    shards: dict[str, Path], tmp_path: Path, case: str, message: str
+) -> None:
+    folder = tmp_path / "lm"
+    folder.mkdir()
+    if case != "nothing":
+        tiny_lm(vocab=32 if case == "vocabulary" else 64).save_pretrained(folder)
+    if case == "length":
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, "max_position_embeddings": 8}))
+    if case == "tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    config = tiny_config(shards, tmp_path, f"selection.proxy.folders={folder}")
+    with pytest.raises(UserError, match=message) as raised:
+        plan_proxies(config, load_manifest(shards["train"]))
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+
+
+def test_named_folders_are_known_by_their_weights(shards: dict[str, Path], tmp_path: Path) -> None:
+    tiny_lm(seed=0).save_pretrained(tmp_path / "a")
+    tiny_lm(seed=1).save_pretrained(tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "run" / "hf")
+    named = [tmp_path / "a", tmp_path / "b", tmp_path / "run"]
+    config = tiny_config(shards, tmp_path, f"selection.proxy.folders={','.join(map(str, named))}")
+    a, b, run = plan_proxies(config, load_manifest(shards["train"]))
+    assert a.digest == run.digest != b.digest
+    assert run.folder == tmp_path / "run" / "hf"
+
+
+@pytest.fixture
+def driver(cluster: dict[str, str]) -> Any:
+    """This process as a driver of the cluster."""
+    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def dsdm_config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
+    """Forty sequences by DsDm, with two proxies of seconds."""
+    options = ["data.selection=dsdm", "selection.budget=640", f"selection.output={root / 'out'}"]
+    options += ["selection.block_tokens=800", "selection.dsdm.features=64", "selection.proxy.count=2"]
+    return tiny_config(shards, root, *options, "selection.proxy.preset=tiny", "selection.proxy.steps=30", *overrides)
+
+
+def test_proxies_are_trained_once_for_all_selections(
+    driver: None, shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = select(dsdm_config(shards, tmp_path, "selection.proxy.lr=3e-3"))
+    assert load_manifest(folder).domains["good"].rows == 40
+    assert "[proxy-" in capsys.readouterr().out
+    assert len(list((tmp_path / "proxies").glob("proxy-*/summary.json"))) == 2
+    again = ["selection.proxy.lr=3e-3", "selection.tasks=1", "selection.block_tokens=1120", "selection.proxy.batch=5"]
+    other = select(dsdm_config(shards, tmp_path, *again, f"selection.output={tmp_path / 'other'}"))
+    assert "[proxy-" not in capsys.readouterr().out
+    found = [open_shards(str(path)).sample_ids().tolist() for path in (folder, other)]
+    assert len(set(found[0]) & set(found[1])) >= 39  # another batch rounds another way
+
+
+def test_a_proxy_that_diverges_is_one_line_and_leaves_nothing(
+    driver: None, shards: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(DwmError, match=r"proxy LM .*selection\.proxy\.lr") as raised:
+        select(dsdm_config(shards, tmp_path, "selection.proxy.lr=1e4", "selection.proxy.count=1"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,189 @@
+"""Selection as a job on a real cluster: any parallelism gives the same shards, and nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from synthetic import make_shards, tiny_config
+
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.shards import Rows, open_shards
+from ray_dwm.errors import DataError, TrainingError, UserError
+from ray_dwm.orchestration.select import plan_selection, select, with_selection
+from ray_dwm.orchestration.sweep import RaySweep
+from ray_dwm.selecting import SelectionConfig
+from ray_dwm.selection.method import Arrays
+
+ROWS = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def driver(cluster: dict[str, str]) -> Any:
+    """This process as a driver of the cluster."""
+    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
+    """Forty sequences of sixteen tokens by DSIR on token ids, for the target set of Markov rows."""
+    options = ("data.selection=dsir", "selection.dsir.features=tokens", f"selection.budget={ROWS * 16 + 7}")
+    return tiny_config(
+        shards, root, *options, f"selection.output={root / 'out'}", "selection.block_tokens=800", *overrides
+    )
+
+
+def test_select_writes_shards_that_train_takes(shards: dict[str, Path], tmp_path: Path) -> None:
+    folder = select(config(shards, tmp_path, "selection.keep_scores=true"))
+    manifest, record = load_manifest(folder), json.loads((folder / "selection.json").read_text())
+    open_shards(str(folder)).verify()
+    assert manifest.rows == ROWS and manifest.domains["good"].rows >= 38
+    pool = open_shards(str(shards["train"]))
+    chosen = open_shards(str(folder)).take(np.arange(ROWS))
+    places = {int(key): row for row, key in enumerate(pool.sample_ids())}
+    rows = np.array([places[int(key)] for key in chosen.sample_ids])
+    assert (np.diff(rows) > 0).all()
+    assert np.array_equal(pool.take(rows).input_ids, chosen.input_ids)
+    scores = pq.read_table(folder / "scores.parquet")
+    assert scores.column("sample_id").to_pylist() == pool.sample_ids().tolist()
+    assert record["tokens"] == {"pool": 256 * 16, "selected": ROWS * 16}
+    assert record["domains"]["good"]["tokens_selected"] == manifest.domains["good"].tokens
+    selected = scores.column("score").to_numpy()[rows]
+    assert record["scores"]["selected"]["0.5"] == pytest.approx(np.median(selected))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_command_again_and_another_one(
+    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = select(config(shards, tmp_path))
+    before = (folder / "manifest.json").read_bytes()
+    assert select(config(shards, tmp_path, "selection.tasks=1")) == folder
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists already and is another selection"):
+        select(config(shards, tmp_path, "selection.temperature=2"))
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_output_does_not_depend_on_tasks_and_blocks(shards: dict[str, Path], tmp_path: Path) -> None:
+    contents = []
+    for name, options in {"a": ["selection.tasks=1"], "b": ["selection.tasks=3", "selection.block_tokens=112"]}.items():
+        folder = select(config(shards, tmp_path, *options, f"selection.output={tmp_path / name}"))
+        contents.append([(folder / name).read_bytes() for name in ("manifest.json", "part-00000.arrow")])
+    assert contents[0] == contents[1]
+
+
+def test_another_budget_without_scoring_again(
+    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = select(config(shards, tmp_path, "selection.keep_scores=true"))
+    more = ["selection.budget=1600", f"selection.output={tmp_path / 'more'}"]
+    anew = select(config(shards, tmp_path, "selection.budget=1600", f"selection.output={tmp_path / 'anew'}"))
+    capsys.readouterr()
+    again = select(config(shards, tmp_path, *more, f"selection.scores={first / 'scores.parquet'}"))
+    assert "scores by" not in capsys.readouterr().out
+    assert (again / "part-00000.arrow").read_bytes() == (anew / "part-00000.arrow").read_bytes()
+    other = ["seed=5", f"selection.output={tmp_path / 'other'}", f"selection.scores={first / 'scores.parquet'}"]
+    with pytest.raises(DataError, match="are of another pool, target set, seed or method"):
+        select(config(shards, tmp_path, *other))
+    assert not (tmp_path / "other").exists()
+
+
+def test_finished_blocks_survive_a_failure(shards: dict[str, Path], tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    calls.mkdir()
+
+    def halting(rows: Rows) -> Arrays:  # in here, so that it travels as it is
+        if not (calls / "mended").exists() and 1100 in rows.sample_ids:
+            raise DataError("no such luck")
+        (calls / f"call-{uuid4().hex}").touch()
+        return {"x": rows.sample_ids}
+
+    sweep = RaySweep(tmp_path / "work", SelectionConfig(block_tokens=512, tasks=1))
+    with pytest.raises(DataError, match="no such luck"):
+        list(sweep("numbers", str(shards["train"]), halting))
+    done = len(list((tmp_path / "work" / "numbers").glob("*.npz")))
+    assert 0 < done < 8
+    (calls / "mended").touch()
+    blocks = list(sweep("numbers", str(shards["train"]), halting))
+    assert np.array_equal(np.concatenate([b["x"] for b in blocks]), open_shards(str(shards["train"])).sample_ids())
+    assert len(list(calls.glob("call-*"))) == 8
+
+
+def test_a_sweep_over_some_rows_and_without_a_gpu(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(rows: Rows) -> Arrays:
+        return {"ids": rows.sample_ids, "gpus": np.array(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))}
+
+    resources = ray.cluster_resources()
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {**resources, "GPU": 1.0})
+    rows = np.array([3, 250, 7, 7, 100])
+    blocks = list(RaySweep(tmp_path, SelectionConfig())("some", str(shards["train"]), seen, rows, 2))
+    assert [len(block["ids"]) for block in blocks] == [2, 2, 1]
+    everything = open_shards(str(shards["train"])).sample_ids()
+    assert np.concatenate([block["ids"] for block in blocks]).tolist() == everything[rows].tolist()
+    assert {str(block["gpus"]) for block in blocks} == {""}
+
+
+def test_a_run_that_fails_in_a_task_has_failed(shards: dict[str, Path], tmp_path: Path) -> None:
+    def diverging(rows: Rows) -> Arrays:
+        raise TrainingError("the gradient is not finite")
+
+    with pytest.raises(TrainingError, match="the gradient is not finite"):
+        list(RaySweep(tmp_path, SelectionConfig())("nothing", str(shards["train"]), diverging))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["selection.budget=4097"], "selection.budget is 4097 tokens, the pool .* has 4096: lower it"),
+        (["selection.budget=15"], "it must be at least one sequence of 16"),
+        (["data.target=", "data.held_out={}"], "data.target is empty: selection by dsir needs a target set"),
+        (["data.train="], "data.train is empty: name the pool"),
+        (["data.selection=none"], "data.selection is none: name a method"),
+        (["data.target=SMALL"], "small .set target. has 7 sequences: a selection needs at least 8"),
+        (["data.target=FOREIGN"], "was made with tokenizer synthetic, .* another one: prepare both with the same"),
+        (["selection.scores=nowhere.parquet"], "scores nowhere.parquet cannot be read"),
+        (["selection.dsir.features=text"], "tokenizer holds no tokenizer.json"),
+    ],
+)
+def test_bad_input_is_one_line(shards: dict[str, Path], tmp_path: Path, options: list[str], message: str) -> None:
+    root = tmp_path / "data"
+    make_shards(root / "small", good=7, noise=0, files=1)
+    make_shards(root / "foreign", good=20, noise=0, tokenizer_sha256="1" * 64)
+    given = [o.replace("SMALL", str(root / "small")).replace("FOREIGN", str(root / "foreign")) for o in options]
+    with pytest.raises(UserError, match=message) as raised:
+        select(config(shards, tmp_path / "out", *[o for o in given if "{}" not in o]))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists() or not [p for p in (tmp_path / "out").iterdir() if p.name[0] != "."]
+
+
+def test_equal_scores_are_refused(shards: dict[str, Path], tmp_path: Path) -> None:
+    """A single bucket: pool and target have the same n-grams."""
+    with pytest.raises(DataError, match="all 256 scores of dsir are 0"):
+        select(config(shards, tmp_path, "selection.dsir.buckets=1"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_inline_selections_are_shared_by_all_that_they_do_not_depend_on(
+    shards: dict[str, Path], tmp_path: Path
+) -> None:
+    inline = config(shards, tmp_path, "selection.output=")
+    folder = plan_selection(inline).folder
+    assert folder.parent == tmp_path / "selections" and folder.name.startswith("dsir-")
+    same = ["selection.tasks=5", "name=b", "train.lr=1", "selection.keep_scores=true", "cluster.workers=2"]
+    assert plan_selection(config(shards, tmp_path, "selection.output=", *same)).folder == folder
+    for other in ("seed=1", "selection.budget=100", "selection.stratified=true", "selection.dsir.buckets=5"):
+        assert plan_selection(config(shards, tmp_path, "selection.output=", other)).folder != folder
+    selected = with_selection(inline)
+    assert (selected.data.train, selected.data.selection) == (str(folder), "none")
+    assert load_manifest(folder).rows == ROWS
