@@ -6,13 +6,14 @@
 Turn by turn each contender projects the gradients of the same sequences. `traker` is TRAKer.featurize of traker 0.3.2,
 batch by batch: gradients by vmap and, on a CPU or without fast_jl, its BasicProjector, which makes its matrix anew for
 every batch, 100 columns at a time. `dense` and `factored` are selection.dsdm.projection. Under vmap all attend by the
-math kernel, since the others have no rule for it.
+math kernel, since the others have no rule for it. Processor time, of a CPU, says what other processes cannot disturb.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -99,18 +100,22 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     contenders: dict[str, Contender] = {"traker": traker(model, args.features, args.sequences, folder)}
     contenders |= {name: ours(model, args.features, name) for name in PROJECTIONS}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
+    processor: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(args.rounds + 1):
         for name, features in contenders.items():
-            started = now()
+            started, used = now(), time.process_time()
             found = features(batches)
-            seconds = now() - started
+            seconds, used = now() - started, time.process_time() - used
             assert found.shape == (args.sequences, args.features)
             if turn:  # the first one warms up
                 rates[name].append(args.sequences / seconds)
+                processor[name].append(used)
     result: dict[str, Any] = {f"{name}_sequences_per_s": spread(values) for name, values in rates.items()}
     for name in PROJECTIONS:
         ratios = [a / b for a, b in zip(rates[name], rates["traker"], strict=True)]
         result[f"{name}_over_traker"] = spread(ratios)
+        spared = [b / a for a, b in zip(processor[name], processor["traker"], strict=True)]
+        result[f"traker_over_{name}_processor_time"] = spread(spared)
     return {"traker": version("traker"), "parameters": sum(p.numel() for p in model.parameters()), **result}
 
 
@@ -125,7 +130,7 @@ def main() -> None:
         config = run_config(args, Path(name), "weighting.method=uniform")
         result = measure(args, Path(name))
     for key, value in result.items():
-        print(f"{key:<28}{value}")
+        print(f"{key:<38}{value}")
     print(f"written to {write_result('selection_dsdm', args, config, result)}")
 
 

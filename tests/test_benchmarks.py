@@ -113,3 +113,10 @@ def test_scaling_puts_the_plan_beside_what_was_sent(tmp_path: Path) -> None:
     assert rows["1, uniform"]["predicted_bytes"] == 0
     assert rows["2, uniform"]["predicted_bytes"] > 0  # what was sent is no test's: others use the device, too
     assert rows["2, DWM"]["predicted_bytes"] > rows["2, uniform"]["predicted_bytes"]
+
+
+def test_gradient_features_are_compared_with_traker(tmp_path: Path) -> None:
+    pytest.importorskip("trak", reason="traker (extra `oracle`) is not installed")
+    call("selection_dsdm", tmp_path, "--rounds", "1", "--features", "256", "--sequences", "5", "--batch", "3")
+    result = json.loads((tmp_path / "selection_dsdm-cpu-tiny.json").read_text())["result"]
+    assert result["dense_over_traker"]["median"] > 0 and result["traker"] == "0.3.2"
