@@ -165,6 +165,17 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(whole["theta"], resumed["theta"], strict=True))
 
 
+def test_another_number_of_workers_continues_the_game(
+    shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path
+) -> None:
+    base = over(lms["learnt"], "train.optimizer=sgd", "train.lr=0.1", "train.steps=8")
+    whole = run(1, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *base))
+    run(1, tmp_path / "b1", train, tiny_config(shards, tmp_path / "b", *base), 5)
+    resumed = run(2, tmp_path / "b2", train, tiny_config(shards, tmp_path / "b", *base, "cluster.workers=2"))
+    for column in ("alpha", "average", "excess"):
+        assert last(resumed, column) == pytest.approx(last(whole, column), abs=1e-5)
+
+
 def test_fixed_weights_stay_as_they_are(shards: dict[str, Path], tmp_path: Path) -> None:
     options = ["weighting.group_dro.eta=0", "weighting.group_dro.smoothing=0"]
     options += ["weighting.group_dro.initial.good=3", "weighting.group_dro.initial.noise=1"]
