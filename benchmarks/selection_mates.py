@@ -7,7 +7,7 @@ The quickstart's LM is trained on random batches of the bundled corpus up to the
 the pool are probed there. For each size of the influence model: rank correlation between predicted and oracle influence
 on probes that were held out, over several splits, and the same with influences that were dealt out at random, which is
 what learning nothing looks like. Also: how far two draws of target sequences agree on the probes' order, which bounds
-what can be learnt, how far bf16 agrees with fp32, and seconds. One process, no Ray.
+what can be learnt, how far bf16 and fp32 agree at several learning rates, and seconds. One process, no Ray.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,8 +28,8 @@ from numpy.typing import NDArray
 from ray_dwm.config import RunConfig, build, load, to_dict, to_yaml
 from ray_dwm.data.records import read_metrics, write_whole
 from ray_dwm.data.shards import Rows, open_shards
-from ray_dwm.engine import probe
 from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.probe import Prober
 from ray_dwm.engine.setup import build as build_parts
 from ray_dwm.selecting import MatesConfig
 from ray_dwm.selection.influence import Fit, spearman
@@ -50,20 +49,23 @@ def trained(args: argparse.Namespace, storage: str) -> RunConfig:
     return config
 
 
-def bf16(alone: Callable[[RunConfig], RunConfig]) -> Callable[[RunConfig], RunConfig]:
-    """A probe's configuration, but for its precision."""
-
-    def changed(run: RunConfig) -> RunConfig:
-        values = to_dict(alone(run))
-        values["train"]["precision"] = "bf16"
-        return build(RunConfig, values)
-
-    return changed
+def precisions(config: RunConfig, steps: int, rows: Rows, targets: int) -> dict[str, float]:
+    """Learning rate -> rank correlation of influences in bf16 and in fp32, of the same checkpoint."""
+    found = {}
+    for lr in (config.train.lr, config.train.lr / 10, config.train.lr / 100):
+        of = []
+        for precision in ("fp32", "bf16"):
+            values = to_dict(config)
+            values["train"] |= {"lr": lr, "precision": precision}
+            (config.run_dir / "config.yaml").write_text(to_yaml(build(RunConfig, values)))
+            of.append(influences(config, steps, rows, targets)[0])
+        found[f"{lr:g}"] = spearman(*of)
+    return found
 
 
 def influences(config: RunConfig, steps: int, rows: Rows, targets: int, seed: int = 0) -> tuple[Any, float]:
     """Oracle influences, and seconds for one."""
-    prober = probe.Prober(config.run_dir, steps)
+    prober = Prober(config.run_dir, steps)
     started = time.perf_counter()
     found = prober.influences(rows, {"target": config.data.target}, targets, seed)
     return found, (time.perf_counter() - started) / len(rows)
@@ -72,11 +74,11 @@ def influences(config: RunConfig, steps: int, rows: Rows, targets: int, seed: in
 def learnt(rows: Rows, values: NDArray[np.float64], size: str, splits: int) -> dict[str, Any]:
     """Correlations on held-out probes over splits, of the influences and of shuffled ones, and seconds of a fit."""
     options, seq_len = build(MatesConfig, {"size": size}), rows.input_ids.shape[1]
-    shuffled = np.random.default_rng(0).permutation(values)
+    shuffled = [np.random.default_rng(seed).permutation(values) for seed in range(splits)]
     started = time.perf_counter()
     found = [Fit(values, options, 8192, seq_len, seed)(rows) for seed in range(splits)]
     seconds = (time.perf_counter() - started) / splits
-    nothing = [float(Fit(shuffled, options, 8192, seq_len, seed)(rows)["spearman"]) for seed in range(splits)]
+    nothing = [float(Fit(x, options, 8192, seq_len, seed)(rows)["spearman"]) for seed, x in enumerate(shuffled)]
     return {
         "spearman": [float(fitted["spearman"]) for fitted in found],
         "r2": [float(fitted["r2"]) for fitted in found],
@@ -105,9 +107,7 @@ def main() -> None:
         values, seconds = influences(config, args.steps, rows, args.targets)
         part = rows[np.arange(min(256, args.probes))]
         again, _ = influences(config, args.steps, part, args.targets, seed=1)
-        alone = probe._alone
-        probe._alone = bf16(alone)
-        rough, _ = influences(config, args.steps, part, args.targets)
+        rounding = precisions(config, args.steps, rows[np.arange(min(96, args.probes))], args.targets)
         lines = read_metrics(config.run_dir / "metrics.jsonl")
     step_seconds = mean(sum(v for k, v in line.items() if k.startswith("seconds/")) for line in lines[3:])
     content = {
@@ -116,7 +116,7 @@ def main() -> None:
         "versions": versions(),
         "options": {key: str(value) for key, value in vars(args).items()},
         "spearman_between_target_draws": spearman(values[: len(part)], again),
-        "spearman_bf16_fp32": spearman(values[: len(part)], rough),
+        "spearman_bf16_fp32": rounding,
         "probe_seconds": seconds,
         "step_seconds": step_seconds,
         "influence_by_domain": {
@@ -127,7 +127,7 @@ def main() -> None:
     }
     write_whole(args.output, json.dumps(content, indent=2) + "\n")
     print(f"two draws of {args.targets} target sequences: Spearman {content['spearman_between_target_draws']:.3f}")
-    print(f"bf16 against fp32: {content['spearman_bf16_fp32']:.3f}")
+    print(f"bf16 against fp32, by learning rate: {rounding}")
     print(f"a probe {seconds:.3f} s, an LM step {step_seconds:.3f} s")
     for name, (average, deviation) in content["influence_by_domain"].items():
         print(f"{name:<12}{average:>12.2e} ± {deviation:.1e} nats")

@@ -101,14 +101,10 @@ class Prober:
 
 
 def _alone(run: RunConfig) -> RunConfig:
-    """The same LM and optimizer in a process of its own, for steps on single sequences.
-
-    In fp32, because one sequence moves most parameters by less than bf16 can tell, and so with kernels that know fp32.
-    """
+    """The same LM and optimizer in a process of its own, for steps on single sequences."""
     values = to_dict(run)
-    values["lm"]["attention"] = "auto"
     values["data"] = {"train": run.data.train}
-    values["train"] |= {"global_batch": 1, "precision": "fp32", "profile": False}
+    values["train"] |= {"global_batch": 1, "profile": False}
     values["weighting"] = {"method": "uniform"}
     values["parallel"] |= {"shard": 0, "compile": False}
     values["cluster"] = {"workers": 1}
