@@ -7,7 +7,7 @@ The quickstart's LM is trained on random batches of the bundled corpus up to the
 the pool are probed there. For each size of the influence model: rank correlation between predicted and oracle influence
 on probes that were held out, over several splits, and the same with influences that were dealt out at random, which is
 what learning nothing looks like. Also: how far two draws of target sequences agree on the probes' order, which bounds
-what can be learnt, how far bf16 and fp32 agree at several learning rates, and seconds. One process, no Ray.
+what can be learnt, how far bf16 and fp32, and smaller learning rates, agree, and seconds. One process, no Ray.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def trained(args: argparse.Namespace, storage: str) -> RunConfig:
     return config
 
 
-def precisions(config: RunConfig, steps: int, rows: Rows, targets: int) -> dict[str, float]:
-    """Learning rate -> rank correlation of influences in bf16 and in fp32, of the same checkpoint."""
-    found = {}
+def rates(config: RunConfig, steps: int, rows: Rows, targets: int) -> dict[str, dict[str, float]]:
+    """By learning rate: rank correlations of influences in bf16 and in fp32, and with those at the run's rate."""
+    found, first = {}, None
     for lr in (config.train.lr, config.train.lr / 10, config.train.lr / 100):
         of = []
         for precision in ("fp32", "bf16"):
@@ -59,7 +59,8 @@ def precisions(config: RunConfig, steps: int, rows: Rows, targets: int) -> dict[
             values["train"] |= {"lr": lr, "precision": precision}
             (config.run_dir / "config.yaml").write_text(to_yaml(build(RunConfig, values)))
             of.append(influences(config, steps, rows, targets)[0])
-        found[f"{lr:g}"] = spearman(*of)
+        first = of[0] if first is None else first
+        found[f"{lr:g}"] = {"bf16_fp32": spearman(*of), "with_first_rate": spearman(first, of[0])}
     return found
 
 
@@ -107,7 +108,7 @@ def main() -> None:
         values, seconds = influences(config, args.steps, rows, args.targets)
         part = rows[np.arange(min(256, args.probes))]
         again, _ = influences(config, args.steps, part, args.targets, seed=1)
-        rounding = precisions(config, args.steps, rows[np.arange(min(96, args.probes))], args.targets)
+        by_rate = rates(config, args.steps, rows[np.arange(min(96, args.probes))], args.targets)
         lines = read_metrics(config.run_dir / "metrics.jsonl")
     step_seconds = mean(sum(v for k, v in line.items() if k.startswith("seconds/")) for line in lines[3:])
     content = {
@@ -116,7 +117,7 @@ def main() -> None:
         "versions": versions(),
         "options": {key: str(value) for key, value in vars(args).items()},
         "spearman_between_target_draws": spearman(values[: len(part)], again),
-        "spearman_bf16_fp32": rounding,
+        "spearman_by_learning_rate": by_rate,
         "probe_seconds": seconds,
         "step_seconds": step_seconds,
         "influence_by_domain": {
@@ -127,7 +128,8 @@ def main() -> None:
     }
     write_whole(args.output, json.dumps(content, indent=2) + "\n")
     print(f"two draws of {args.targets} target sequences: Spearman {content['spearman_between_target_draws']:.3f}")
-    print(f"bf16 against fp32, by learning rate: {rounding}")
+    for lr, found in by_rate.items():
+        print(f"learning rate {lr}: {', '.join(f'{key} {value:.3f}' for key, value in found.items())}")
     print(f"a probe {seconds:.3f} s, an LM step {step_seconds:.3f} s")
     for name, (average, deviation) in content["influence_by_domain"].items():
         print(f"{name:<12}{average:>12.2e} ± {deviation:.1e} nats")

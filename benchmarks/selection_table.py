@@ -38,7 +38,7 @@ METHODS: dict[str, list[str]] = {
     "curriculum, like the target first": ["selection.curriculum.criterion=similarity"],
     "dsdm": [*PROXY, "selection.dsdm.features=1024", "selection.dsdm.kernel_rows=8192"],
     "doremi": PROXY,
-    "mates": ["selection.mates.stages=4"],
+    "mates": ["selection.mates.stages=4", "selection.mates.probes=256", "selection.mates.probe_targets=16"],
     "dwm": [],
 }
 WEIGHTS = {"alone": "uniform", "+ DWM": "dwm"}
