@@ -115,7 +115,7 @@ def main() -> None:
         "benchmark": "selection_mates",
         "device": where(),
         "versions": versions(),
-        "options": {key: str(value) for key, value in vars(args).items()},
+        "options": {key: value for key, value in vars(args).items() if key not in ("data", "output")},
         "spearman_between_target_draws": spearman(values[: len(part)], again),
         "spearman_by_learning_rate": by_rate,
         "probe_seconds": seconds,
