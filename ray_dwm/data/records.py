@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from ray_dwm.errors import DataError
+
+LOCK = ".lock"
+"""In a folder that one process at a time works in; see `locked`."""
 
 
 @contextmanager
@@ -22,6 +26,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Hold a lock file, among all processes and hosts that see it, for as long as the body runs.
+
+    A file system without locks lets everyone in.
+
+    Args:
+        busy: called once where another process holds it: raises, or says so and waits.
+    """
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
 
 
 def write_whole(path: Path, text: str) -> None:

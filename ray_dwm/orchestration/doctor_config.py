@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
+from ray_dwm.data.records import LOCK
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
@@ -20,6 +21,8 @@ from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.prepare import sets_to_make
+from ray_dwm.orchestration.select import plan_selection
+from ray_dwm.selection.methods import METHODS
 
 MOST_EPOCHS = 4.0
 """Beyond about four passes repeated data is worth little: Muennighoff et al., NeurIPS 2023 (arXiv 2305.16264)."""
@@ -53,8 +56,12 @@ def check_sets(config: RunConfig) -> list[Finding]:
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]
     sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in evaluation_sets(config).items()]
     found = f"{', '.join(sizes)}; one tokenizer"
-    stored = read_plan(config, train).stored
-    return [Finding("data", "ok", found), check_epochs(config, train.rows, seq_len(config, train), stored)]
+    rows, stored = train.rows, read_plan(config, train).stored
+    if config.data.selection != "none" and not config.in_stages:
+        selection = plan_selection(config)
+        rows, stored = selection.rows, stored or (config.data.order == "auto" and METHODS[selection.method].ordered)
+        found += f"; before training, {selection.method} selects {rows} of {train.rows}"
+    return [Finding("data", "ok", found), check_epochs(config, rows, seq_len(config, train), stored)]
 
 
 def check_epochs(config: RunConfig, rows: int, tokens: int, stored: bool = False) -> Finding:
@@ -113,7 +120,7 @@ def check_run_folder(config: RunConfig, temporary: bool) -> Finding:
 def _is_claimed(config: RunConfig) -> bool:
     """Whether a process trains this run; asked with a lock of a moment that leaves nothing."""
     try:
-        with (config.run_dir / ".lock").open() as lock:
+        with (config.run_dir / LOCK).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, LmConfig, RunConfig, WeightingConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
-from ray_dwm.data.records import read_json
+from ray_dwm.data.records import locked, read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
 from ray_dwm.models.hf import lm_folder
 from ray_dwm.models.lm import lm_shape
@@ -141,7 +141,7 @@ def ready_proxies(proxies: tuple[Proxy, ...], pool: Manifest, sweep: RaySweep) -
         DataError: one has diverged.
     """
     for proxy in proxies:
-        if proxy.run is not None and not (proxy.run.run_dir / "summary.json").is_file():
+        if proxy.run is not None:
             _train(proxy.run)
     folders = tuple(str(proxy.folder) for proxy in proxies)
     check = partial(_check, folders=folders, pool=str(pool.folder), batch=sweep.options.proxy.batch)
@@ -154,7 +154,13 @@ def _check(number: int, *, folders: tuple[str, ...], pool: str, batch: int) -> N
 
 
 def _train(run: RunConfig) -> None:
+    """Train a proxy unless it is there; selections that need the same one take turns."""
+    if (run.run_dir / "summary.json").is_file():
+        return
+    Path(run.storage).mkdir(parents=True, exist_ok=True)
+    waiting = partial(print, f"another selection trains {run.run_dir}: waiting for it", flush=True)
     try:
-        train(run)
+        with locked(Path(run.storage) / f".{run.name}.lock", waiting):
+            train(run)  # which returns at once where another process has done it meanwhile
     except TrainingError as error:
         raise TrainingError(f"proxy LM {str(error).replace('train.lr', 'selection.proxy.lr')}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 
 from ray_dwm.config import RunConfig
@@ -27,8 +26,7 @@ def score(config: RunConfig, output: Path) -> None:
         UserError: before anything was started, or where the data do not allow it; no half-written file is left.
     """
     output = output.expanduser().absolute()
-    if output.exists() or not output.parent.is_dir():
-        raise UserError(f"--output {output} cannot be written: name a new file in a folder that exists")
+    _require_new(output)
     pool = load_manifest(config.data.train)
     options = dataclasses.replace(
         config.selection, budget=pool.rows * pool.seq_len, output=str(output), keep_scores=True, scores=""
@@ -37,14 +35,19 @@ def score(config: RunConfig, output: Path) -> None:
     selection = plan_selection(dataclasses.replace(config, data=data, selection=options))
     connect(config)
     try:
-        work = work_folder(selection)
-        task = task_of(selection, RaySweep(work, options))
-        scored = scored_pool(selection, task, work)
-        os.replace(work / "shards" / FILE, output)
-        shutil.rmtree(work, ignore_errors=True)
+        with work_folder(selection) as work:
+            _require_new(output)  # another process may have made it meanwhile
+            task = task_of(selection, RaySweep(work, options))
+            scored = scored_pool(selection, task, work)
+            os.replace(work / "shards" / FILE, output)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): free space or choose another file") from None
     print(table(pool, scored), spread(task), f"scores: {output}", sep="\n", flush=True)
+
+
+def _require_new(output: Path) -> None:
+    if output.exists() or not output.parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: name a new file in a folder that exists")
 
 
 def table(pool: Manifest, scored: Scored) -> str:

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, DomainStats, Manifest, ShardFile, file_sha256, load_manifest
-from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.data.records import LOCK, locked, read_json, write_whole
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.errors import ConfigError, UserError
 from ray_dwm.orchestration.cluster import connect
@@ -143,10 +145,12 @@ def select(config: RunConfig) -> Path:
         return folder
     connect(config)
     try:
-        work = work_folder(selection)
-        _fill(selection, work)
-        os.rename(work / "shards", folder)
-        shutil.rmtree(work, ignore_errors=True)
+        with work_folder(selection) as work:
+            if folder.exists():  # made by another process in the meantime
+                _require_same(selection)
+                return folder
+            _fill(selection, work)
+            os.rename(work / "shards", folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): free space or choose another folder") from None
     print(record.table(read_json(folder / record.RECORD)), f"\nselection: {folder}", flush=True)
@@ -174,17 +178,27 @@ def _holds(path: Path, content: dict[str, Any]) -> bool:
     return path.is_file() and content.items() <= read_json(path).items()
 
 
-def work_folder(selection: Selection) -> Path:
-    """Where blocks are kept until all is done; what another selection has left there goes."""
+@contextmanager
+def work_folder(selection: Selection) -> Iterator[Path]:
+    """Where blocks are kept until the body has ended well; what another selection has left there goes.
+
+    Processes that make the same output take turns.
+    """
     work = selection.folder.parent / f".{selection.folder.name}.work"
-    key = {**selection.depends_on, "block_tokens": selection.config.selection.block_tokens}
-    if work.exists() and (
-        not (work / "key.json").exists() or read_json(work / "key.json") != json.loads(json.dumps(key))
-    ):
-        shutil.rmtree(work)
-    (work / "shards").mkdir(parents=True, exist_ok=True)
-    write_whole(work / "key.json", json.dumps(key))
-    return work
+    key = work / "key.json"
+    content = json.dumps({**selection.depends_on, "block_tokens": selection.config.selection.block_tokens})
+    work.mkdir(parents=True, exist_ok=True)
+    waiting = partial(print, f"another process is at work on {selection.folder}: waiting for it", flush=True)
+    with locked(work / LOCK, waiting):
+        work.mkdir(exist_ok=True)  # who was waited for has removed it
+        if not key.exists() or read_json(key) != json.loads(content):
+            for path in work.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (work / "shards").mkdir(parents=True, exist_ok=True)
+        write_whole(key, content)
+        yield work
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _fill(selection: Selection, work: Path) -> None:

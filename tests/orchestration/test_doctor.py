@@ -74,6 +74,29 @@ def test_sets_that_train_would_make_first(
     assert "absolute paths" in row.remedy
     assert doctor_config.data_are_there(tiny_config(shards, tmp_path))
     assert [row.state for row in doctor_config.check_sets(tiny_config(shards, tmp_path))] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("options", "state", "words"),
+    [
+        (["data.selection=random"], "warning", "12.80 epochs"),
+        (["data.selection=random", "selection.budget=4096"], "ok", "the training set"),
+        (["data.selection=curriculum", "selection.budget=4096", "train.steps=4"], "warning", "in stored order: the last"),
+    ],
+)
+def test_epochs_are_of_what_is_selected_before_training(
+    shards: dict[str, Path], tmp_path: Path, options: list[str], state: str, words: str
+) -> None:
+    run = tiny_config(shards, tmp_path, "selection.budget=320", "train.steps=32", *options)
+    data, epochs = doctor_config.check_sets(run)
+    assert f"before training, {run.data.selection} selects {run.selection.budget // 16} of 256" in data.found
+    assert epochs.state == state and words in epochs.found
+
+
+def test_a_selection_that_cannot_be_made_is_found(shards: dict[str, Path], tmp_path: Path) -> None:
+    run = tiny_config(shards, tmp_path, "data.selection=random", "selection.budget=4097")
+    (row,) = run_check("data", lambda: doctor_config.check_sets(run), 10)
+    assert row.state == "failed" and "selection.budget is 4097 tokens" in row.found
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,7 +16,9 @@ import pytest
 import ray
 from synthetic import make_shards, tiny_config
 
+from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.records import LOCK, locked
 from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.errors import DataError, TrainingError, UserError
 from ray_dwm.orchestration.select import plan_selection, select, with_selection
@@ -23,6 +27,12 @@ from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays
 
 ROWS = 40
+_SELECT = """
+import sys
+from ray_dwm.config import load
+from ray_dwm.orchestration.select import select
+select(load([sys.argv[1]]))
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +81,24 @@ def test_the_same_command_again_and_another_one(
     with pytest.raises(UserError, match="exists already and is another selection"):
         select(config(shards, tmp_path, "selection.temperature=2"))
     assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_processes_that_want_the_same_selection_take_turns(
+    cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path
+) -> None:
+    wanted = config(shards, tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(wanted))
+    command = [sys.executable, "-c", _SELECT, str(tmp_path / "config.yaml")]
+    work = tmp_path / ".out.work"
+    work.mkdir()
+    with locked(work / LOCK, list):
+        waiting = subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, text=True)
+        assert waiting.stdout is not None
+        line = next(line for line in waiting.stdout if "another process" in line)
+        assert f"is at work on {tmp_path / 'out'}: waiting for it" in line
+    assert "selection: " in waiting.communicate(timeout=60)[0] and waiting.returncode == 0
+    assert load_manifest(tmp_path / "out").rows == ROWS
+    assert not work.exists()
 
 
 def test_output_does_not_depend_on_tasks_and_blocks(shards: dict[str, Path], tmp_path: Path) -> None:
