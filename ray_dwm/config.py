@@ -19,19 +19,17 @@ import yaml
 from ray_dwm.configuring import build, frozen, merge, read, require
 from ray_dwm.sections import (
     NAME,
-    BilevelConfig,
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
-    DwmConfig,
     LmConfig,
     ParallelConfig,
     PrepareConfig,
     TrackingConfig,
     TrainConfig,
-    WeightingConfig,
 )
 from ray_dwm.selecting import SelectionConfig
+from ray_dwm.weighing import BilevelConfig, DwmConfig, WeightingConfig
 
 __all__ = [
     "BilevelConfig",

@@ -1,18 +1,13 @@
-"""A checkpoint is whole or not there, is written beside training, and is passed over where it is damaged."""
+"""A checkpoint is whole or not there, and is passed over where it is damaged or of another run."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
-import json
 import os
 import pickle
-import resource
 import shutil
-import threading
 import time
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,36 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from checkpointing import OPTIONS, checkpointer, names, save
 from gloo import run
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
-from ray_dwm.data.plan import Cursor
-from ray_dwm.engine import mesh, storage
-from ray_dwm.engine.checkpoint import Checkpointer, list_checkpoints
-from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.parts import Parts
+from ray_dwm.engine import storage
+from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.setup import build
-from ray_dwm.engine.state import TrainingState
 from ray_dwm.errors import ConfigError, TrainingError
-
-OPTIONS = ("bilevel.warmup_steps=50", "train.steps=60")
-
-
-def checkpointer(config: RunConfig, parts: Parts | None = None) -> Checkpointer:
-    parts = parts or build(config)
-    return Checkpointer(config, TrainingState(parts.lower, parts.weighting), parts.identity, parts.mesh)
-
-
-def names(config: RunConfig) -> list[str]:
-    return sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
-
-
-def save(subject: Checkpointer, *steps: int) -> None:
-    for step in steps:
-        subject.save(step, Cursor(step + 10))
-        subject.wait()
 
 
 def saved_and_loaded(config: RunConfig, steps: tuple[int, ...]) -> tuple[list[str], int, int]:
@@ -250,205 +224,3 @@ def test_a_checkpoint_of_another_run_is_no_damage(
     assert message.startswith(f"checkpoint {config.run_dir / 'checkpoints' / 'step_000000002'} is of another run (")
     assert told in message and "choose another name=..." in message and "\n" not in message
     assert found == ["step_000000001", "step_000000002"]
-
-
-def stored(checkpoint: Path, parts: Parts) -> list[torch.Tensor]:
-    """All tensors of a checkpoint, whole."""
-    state = TrainingState(parts.lower, parts.weighting).capture(0, Cursor())
-    dcp.load(state, checkpoint_id=checkpoint)
-    leaves = [x for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, torch.Tensor)]
-    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in leaves]
-
-
-def written_late(config: RunConfig) -> Any:
-    """A checkpoint of step 3 that is written when step 6 is over, and the one of a run that waits for it."""
-    training_is_over, ordinary = threading.Event(), dcp.save
-
-    def late(*arguments: Any, **options: Any) -> Any:
-        training_is_over.wait(60)
-        return ordinary(*arguments, **options)
-
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    parts = build(config)
-    trainer = Trainer(parts)
-    if config.checkpoint.asynchronous:
-        dcp.save = late
-        step = trainer._train_step
-
-        def last(index: int, *batches: Any) -> Any:
-            result = step(index, *batches)
-            if index == 5:
-                assert trainer._checkpointer.writing
-                training_is_over.set()
-            return result
-
-        trainer._train_step = last  # type: ignore[method-assign]
-    trainer.fit()
-    dist.barrier()  # rank 0 has renamed the last one
-    folder = config.run_dir / "checkpoints"
-    return names(config), [stored(path, parts) for path in list_checkpoints(folder)]
-
-
-@pytest.mark.parametrize(("world", "extra"), [(1, ()), (2, ("bilevel.reuse=3", "bilevel.every=1"))])
-def test_what_is_written_late_is_what_was_there_when_it_was_saved(
-    shards: dict[str, Path], tmp_path: Path, world: int, extra: tuple[str, ...]
-) -> None:
-    found = {}
-    for asynchronous in (False, True):
-        options = (f"checkpoint.asynchronous={asynchronous}", f"cluster.workers={world}", *extra)
-        config = tiny_config(shards, tmp_path / str(asynchronous), *options)
-        found[asynchronous] = run(world, tmp_path / f"p{asynchronous}", written_late, config)
-    assert found[True][0] == found[False][0] == ["step_000000003", "step_000000006"]
-    for one, other in zip(found[True][1], found[False][1], strict=True):
-        assert len(one) > 100
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(*found[True][1], strict=True))
-
-
-def write_limit(config: RunConfig) -> tuple[str, list[str], bool]:
-    """Every write beyond 10 kB fails, as on a full disk."""
-    subject = checkpointer(config)
-    save(subject, 1)
-    dist.barrier()  # rank 0 has renamed it
-    before = {p.name: p.read_bytes() for p in list_checkpoints(config.run_dir / "checkpoints")[0].iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        save(subject, 2)
-        message = "no error"
-    except TrainingError as error:
-        message = str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    after = {p.name: p.read_bytes() for p in list_checkpoints(config.run_dir / "checkpoints")[0].iterdir()}
-    return message, names(config), before == after
-
-
-@pytest.mark.parametrize(("world", "asynchronous"), [(1, False), (2, False), (2, True)])
-def test_a_failing_write_leaves_the_last_checkpoint(
-    shards: dict[str, Path], tmp_path: Path, world: int, asynchronous: bool
-) -> None:
-    options = (f"cluster.workers={world}", f"checkpoint.asynchronous={asynchronous}")
-    config = tiny_config(shards, tmp_path, *OPTIONS, *options)
-    message, found, intact = run(world, tmp_path / "p", write_limit, config)
-    assert message.startswith("the checkpoint of step 2 cannot be written to")
-    assert "free space there" in message and "\n" not in message
-    assert found == ["step_000000001"]
-    assert intact
-
-
-def failing_storage(config: RunConfig, number: int, place: int) -> tuple[str, str, list[str]]:
-    """The kind and message of a save during which rank `place` meets an error of the system."""
-    subject = checkpointer(config)
-    save(subject, 1)
-    if dist.get_rank() == place:
-
-        def failing(*arguments: Any) -> Any:
-            try:
-                raise OSError(number, os.strerror(number))
-            finally:
-                raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")  # as torch hides it
-
-        storage.FileSystemWriter.write_data = failing  # type: ignore[method-assign]
-    with pytest.raises((TrainingError, OSError)) as raised:
-        save(subject, 2)
-    return type(raised.value).__name__, str(raised.value), names(config)
-
-
-@pytest.mark.parametrize(
-    ("number", "place", "kind", "told"),
-    [
-        (errno.ENOSPC, 0, "TrainingError", "(No space left on device): free space there and"),
-        (errno.EDQUOT, 1, "TrainingError", "(Disk quota exceeded): free space there and"),
-        (errno.EACCES, 1, "TrainingError", "(Permission denied): allow writing there and"),
-        (errno.EIO, 1, "OSError", "(Input/output error)"),
-        (errno.ESTALE, 0, "OSError", "(Stale file handle)"),
-    ],
-)
-def test_only_what_a_restart_would_meet_again_ends_the_run(
-    shards: dict[str, Path], tmp_path: Path, number: int, place: int, kind: str, told: str
-) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "cluster.workers=2", "weighting.method=uniform")
-    found, message, left = run(2, tmp_path / "p", failing_storage, config, number, place)
-    assert found == kind
-    assert message.startswith("the checkpoint of step 2 cannot be written to") and "\n" not in message
-    assert told in message.replace(f"[Errno {number}] ", "")
-    assert left == ["step_000000001"]
-
-
-def fails_in_training(config: RunConfig) -> tuple[str, int]:
-    """The message of a run that cannot write its checkpoints, and the steps it got to."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    told: list[int] = []
-    trainer = Trainer(build(config, on_checkpoint=lambda step, path, figures: told.append(step)))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        trainer.fit()
-    except TrainingError as error:
-        return str(error), len(told)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    return "no error", len(told)
-
-
-def test_a_write_that_fails_beside_training_stops_the_run(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, "cluster.workers=2")
-    message, told = run(2, tmp_path / "p", fails_in_training, config)
-    assert message.startswith("the checkpoint of step 3 cannot be written to") and "\n" not in message
-    assert told == 0 and names(config) == []
-
-
-def tell(config: RunConfig) -> list[tuple[int, str, bool, float]]:
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    told = []
-
-    def on_checkpoint(step: int, path: Path, figures: dict[str, float]) -> None:
-        whole = (path / ".metadata").exists() and (path / "identity.json").exists()
-        told.append((step, path.name, whole, figures["step"]))
-
-    Trainer(build(config, on_checkpoint=on_checkpoint)).fit()
-    return told
-
-
-def test_a_checkpoint_is_told_when_it_is_whole(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, "cluster.workers=2")
-    told = run(2, tmp_path / "p", tell, config)
-    assert told == [(3, "step_000000003", True, 3), (6, "step_000000006", True, 6)]
-    made_by = json.loads((config.run_dir / "checkpoints" / "step_000000006" / "identity.json").read_text())["made_by"]
-    assert made_by["mesh"] == {"dp_shard": 2}
-
-
-def without_space(config: RunConfig, place: int) -> str:
-    """What rank 0 says of a save where rank `place` finds no space."""
-    if dist.get_rank() == place:
-        usage = namedtuple("usage", "total used free")
-        shutil.disk_usage = lambda _: usage(2**30, 2**30 - 1000, 1000)  # type: ignore[assignment,return-value]
-    try:
-        save(checkpointer(config), 1)
-    except TrainingError as error:
-        return str(error)
-    return "saved"
-
-
-@pytest.mark.parametrize(("place", "told"), [(0, "has 0.0 GiB free, a checkpoint takes about"), (1, "saved")])
-def test_rank_0_tells_all_of_too_little_space(shards: dict[str, Path], tmp_path: Path, place: int, told: str) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "cluster.workers=2", "weighting.method=uniform")
-    assert told in run(2, tmp_path / "p", without_space, config, place)
-
-
-def device_of_the_writer(config: RunConfig) -> tuple[list[Any], float]:
-    """What the writer's thread makes its device where this process has GPU 3, and its group's time limit in seconds."""
-    taken: list[Any] = []
-    subject = checkpointer(config)
-    mesh.device, torch.cuda.set_device = lambda: torch.device("cuda", 3), taken.append  # type: ignore[assignment]
-    save(subject, 1)
-    options = subject._group._get_backend(torch.device("cpu")).options
-    return taken, options._timeout.total_seconds()
-
-
-def test_the_writer_works_on_the_device_and_in_the_time_of_its_rank(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "weighting.method=uniform", "cluster.workers=2")
-    taken, limit_s = run(2, tmp_path / "p", device_of_the_writer, config)
-    assert taken == [torch.device("cuda", 3)]
-    assert limit_s == mesh.TIMEOUT_S
