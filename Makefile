@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 	$(BIN)/ray-dwm compare --config configs/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 checks: $(STAMP)
 	$(BIN)/ruff check .

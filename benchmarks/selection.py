@@ -87,8 +87,8 @@ def speed(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s of both, turn by turn."""
     settings = PrepareConfig(tokenizer=str(CORPUS / "tokenizer"), seq_len=args.seq_len)
     with contextlib.redirect_stdout(io.StringIO()):
-        for name in ("train", "target"):
-            prepare(f"prepare.{name}", str(CORPUS / name), folder / name, settings)
+        for name, text in {"train": args.text, "target": CORPUS / "target"}.items():
+            prepare(f"prepare.{name}", str(text), folder / name, settings)
     pool, target = folder / "train", folder / "target"
     manifest = load_manifest(pool)
     tokens = manifest.rows * manifest.seq_len
@@ -98,6 +98,7 @@ def speed(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         for name, function in (("package", package), ("ours", ours)):
             output = folder / f"{name}-{turn}"
             rates[name].append(tokens / function(pool, target, output, args.tasks))
+            print(f"  round {turn + 1}, {name}: {rates[name][-1]:,.0f} tokens/s", flush=True)
             shutil.rmtree(output)
     ratios = [a / b for a, b in zip(rates["ours"], rates["package"], strict=True)]
     return {
@@ -135,6 +136,7 @@ def main() -> None:
     """Command line."""
     p = parser("Selection: DSIR against the published package, and memory", rounds=3)
     p.add_argument("--tasks", type=int, default=2, help="at the same time, and processes of the package")
+    p.add_argument("--text", type=Path, default=CORPUS / "train", help="of the pool on which both are timed")
     p.add_argument("--gigabytes", type=float, nargs="+", default=[1.25, 2.5, 5], help="sizes of the pools of tokens")
     p.add_argument("--pool-seq-len", type=int, default=1024)
     p.add_argument("--pool-vocab", type=int, default=32000)
@@ -145,13 +147,14 @@ def main() -> None:
         connect(config)
         try:
             result: dict[str, Any] = {"dsir": speed(folder, args)}
-            result["held"] = {f"{size:g} GB": held(folder, size, args) for size in args.gigabytes}
+            result["held"] = {}
+            for size in args.gigabytes:
+                result["held"][f"{size:g} GB"] = held(folder, size, args)
+                print(f"  {size:g} GB: {result['held'][f'{size:g} GB']}", flush=True)
         finally:
             ray.shutdown()
     for what, figures in result["dsir"].items():
         print(f"  {what:<24}{figures}")
-    for size, figures in result["held"].items():
-        print(f"  {size:<24}{figures}")
     print(f"written to {write_result('selection', args, config, result)}")
 
 
