@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For two processes: one has all that needs the Ray cluster, which takes longest, the other begins with the rest."""
+    """For two processes: one has all that needs the Ray cluster, which takes longest, the other the rest."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.name))
     items.sort(key=_needs_ray, reverse=True)

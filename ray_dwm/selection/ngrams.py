@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -46,19 +47,23 @@ class WordHashes:
     def _forget(self) -> None:
         self._ids: dict[str, int] = {}
         self._words: list[str] = []
-        self._of_words = np.empty(1024, dtype=np.int64)
+        self._of_words = np.empty(0, dtype=np.int64)
         self._of_pairs: dict[int, int] = {}
 
-    def _bucket(self, ngram: str) -> int:
-        return int.from_bytes(hashlib.sha256(ngram.encode()).digest()) % self._buckets
+    def _buckets_of(self, ngrams: list[str]) -> NDArray[np.int64]:
+        """sha256 modulo the number of buckets, word by word of 32 bits, the highest first."""
+        sha256 = hashlib.sha256
+        digests = b"".join([sha256(ngram.encode()).digest() for ngram in ngrams])
+        rest, size = np.zeros(len(ngrams), dtype=np.uint64), np.uint64(self._buckets)
+        for word in np.frombuffer(digests, dtype=">u4").reshape(-1, 8).T:
+            rest = ((rest << np.uint64(32)) | word) % size
+        return rest.view(np.int64)
 
-    def _id(self, word: str) -> int:
-        number = self._ids[word] = len(self._words)
-        self._words.append(word)
-        if number == len(self._of_words):
-            self._of_words = np.concatenate([self._of_words, np.empty_like(self._of_words)])
-        self._of_words[number] = self._bucket(word)
-        return number
+    def _learn(self, words: Iterable[str]) -> None:
+        new = list(dict.fromkeys(words))
+        self._ids.update(zip(new, range(len(self._words), len(self._words) + len(new)), strict=True))
+        self._words += new
+        self._of_words = np.concatenate([self._of_words, self._buckets_of(new)])
 
     def __call__(self, texts: list[str], bigrams: bool) -> Ngrams:
         """The n-grams of some texts, in lower case."""
@@ -66,10 +71,11 @@ class WordHashes:
             self._forget()
         split = [_WORDS.findall(text.lower()) for text in texts]
         rows = np.repeat(np.arange(len(texts)), [len(words) for words in split])
-        get, new = self._ids.get, self._id
-        ids = [get(word, -1) for word in chain.from_iterable(split)]
+        words, get = list(chain.from_iterable(split)), self._ids.get
+        ids = [get(word, -1) for word in words]
         if -1 in ids:
-            ids = [new(w) if (i := get(w, -1)) < 0 else i for w in chain.from_iterable(split)]
+            self._learn(word for word, number in zip(words, ids, strict=True) if number < 0)
+            ids = [get(word, -1) for word in words]
         ids_k = np.array(ids, dtype=np.int64)
         buckets_k = self._of_words[ids_k]
         if not bigrams:
@@ -83,12 +89,13 @@ class WordHashes:
     def _pair_buckets(self, pairs_p: NDArray[np.int64]) -> NDArray[np.int64]:
         """Each pair once: looking up and hashing costs more than sorting."""
         unique_u, places_p = np.unique(pairs_p, return_inverse=True)
-        known, words = self._of_pairs, self._words
-        found = [known.get(pair, -1) for pair in unique_u.tolist()]
-        for place, pair in zip(
-            np.flatnonzero(np.array(found) < 0), unique_u[np.array(found) < 0].tolist(), strict=True
-        ):
-            found[place] = known[pair] = self._bucket(f"{words[pair >> 32]} {words[pair & 0xFFFFFFFF]}")
+        unique, known, words = unique_u.tolist(), self._of_pairs, self._words
+        found = [known.get(pair, -1) for pair in unique]
+        if -1 in found:
+            new = [pair for pair, bucket in zip(unique, found, strict=True) if bucket < 0]
+            ngrams = [f"{words[pair >> 32]} {words[pair & 0xFFFFFFFF]}" for pair in new]
+            known.update(zip(new, self._buckets_of(ngrams).tolist(), strict=True))
+            found = [known[pair] for pair in unique]
         return np.array(found, dtype=np.int64)[places_p]
 
 
