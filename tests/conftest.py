@@ -14,11 +14,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """For two processes: one has all that needs the Ray cluster, which takes longest, the other the rest."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.name))
+    item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.name))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first."""
     items.sort(key=_needs_ray, reverse=True)
 
 
