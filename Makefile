@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test checks bench selection-table install clean
+.PHONY: quickstart test test-ray test-others checks bench selection-table install clean
 
 install: $(STAMP)
 
@@ -20,8 +20,15 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/ray-dwm compare --config configs/quickstart.yaml
 
+# Side by side, because those with Ray mostly wait.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory -j2 --output-sync test-ray test-others
+
+test-ray: $(STAMP)
+	$(BIN)/python -m pytest tests/orchestration
+
+test-others: $(STAMP)
+	$(BIN)/python -m pytest --ignore=tests/orchestration
 
 checks: $(STAMP)
 	$(BIN)/ruff check .

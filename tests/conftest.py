@@ -14,20 +14,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 torch.set_num_threads(1)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """For two processes: one has all that needs the Ray cluster, which takes longest, the other the rest."""
-    item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.name))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first."""
-    items.sort(key=_needs_ray, reverse=True)
-
-
-def _needs_ray(item: pytest.Item) -> bool:
-    return item.path.parent.name == "orchestration"
-
-
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders `train`, `target` and `held_out`."""
