@@ -101,7 +101,10 @@ def sequence_weights(alpha_D: Tensor, presence_D: Tensor, tokens_B: Tensor, code
     domain is in a batch at all: where it is there, its mean loss over the batch estimates that over the domain, and
     1 / p_d makes up for the batches without it, so that over many batches its weight is alpha_d. In large batches p_d
     is 1 and N_d the part q_d of all tokens: these are then the importance weights alpha_d / q_d of the published code.
-    They are normalised, so that a batch without some domain is a full step all the same.
+    They are normalised, as there, so that a batch without some domain is a full step all the same. That takes from rare
+    domains part of what 1 / p_d gives: one of them, beside others that are always there, has over many batches the
+    weight alpha_d / (1 + alpha_d (1 / p_d - 1)). Where sequences count different numbers of tokens the sum has a
+    further factor, the same for all domains, because weights sum to 1 over sequences and not over tokens.
 
     Args:
         presence_D: `presence`.

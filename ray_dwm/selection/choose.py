@@ -82,14 +82,17 @@ def quotas(proportions: NDArray[np.float64], count: int, available: NDArray[np.i
         available: (domains,), rows that there are; together at least `count`.
     """
     assert available.sum() >= count
-    exact = np.zeros(len(proportions))
-    free = available > 0
-    while (left := count - exact.sum()) > 1e-9:
+    exact, left = np.zeros(len(proportions)), float(count)
+    while left > 0:
+        free = exact < available
         weights = np.where(free, proportions, 0.0)
         if weights.sum() == 0:  # only domains of proportion 0 have rows left
             weights = np.where(free, available - exact, 0.0)
-        exact = np.minimum(exact + left * weights / weights.sum(), available)
-        free = exact < available - 1e-9
+        if weights.sum() == 0:  # all is taken, but for rounding
+            break
+        wanted = exact + left * weights / weights.sum()
+        exact = np.minimum(wanted, available)
+        left = float((wanted - exact).sum())  # 0 to the last bit unless another domain is empty now, so this ends
     whole = np.floor(exact + 1e-9).astype(np.int64)
     rest = count - int(whole.sum())
     whole[np.argsort(-(exact - whole), kind="stable")[:rest]] += 1

@@ -66,6 +66,8 @@ def factored(model: nn.Module, ids_nT: Tensor, mask_nT: Tensor, k: int, seed: in
         left, right = sides[id(module.weight)]
         if isinstance(module, nn.Embedding):
             b_nTr, a_nTr = left[source], gradient.float() @ right
+            if module.padding_idx is not None:  # whose row torch gives no gradient
+                b_nTr = b_nTr * (source != module.padding_idx)[..., None]
         else:
             b_nTr, a_nTr = gradient.float() @ left, source.float() @ right
         if len(b_nTr) != len(ids_nT):

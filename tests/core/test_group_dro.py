@@ -127,3 +127,12 @@ def test_over_batches_the_loss_is_that_of_the_minimax_objective() -> None:
     assert absent > 2000
     assert found == pytest.approx(float(alpha @ losses), rel=0.03)
     assert rough < 0.8 * float(alpha @ losses)  # without 1 / p_d the rare domain would lose most of its weight
+
+
+def test_normalisation_takes_from_a_rare_domain() -> None:
+    """Of alpha = 0.4 in a quarter of the batches 0.4 / (1 + 0.4 * 3) is left, whatever the batch holds of each."""
+    alpha, present = sums(0.6, 0.4), sums(1.0, 0.25)
+    without = sequence_weights(alpha, present, torch.ones(4), torch.tensor([0, 0, 0, 0]))
+    beside = sequence_weights(alpha, present, torch.ones(4), torch.tensor([0, 0, 1, 0]))
+    close(without, [1 / 4] * 4)
+    assert 0.25 * float(beside[2]) == pytest.approx(0.4 / 2.2)

@@ -83,6 +83,23 @@ def test_planted_documents_are_found(tmp_path: Path, features: str) -> None:
     assert held_out["auc"] >= 0.6
 
 
+def test_sets_weigh_the_same_and_what_is_held_out_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pool 1/2, two target sets of different sizes 1/4 each, dealt out among the rows that are learnt from."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(classifier, "fit", lambda *args: given.update(labels=args[1], weights=args[2]) or fit(*args))
+    pool, sea = planted(tmp_path)
+    text_shards(tmp_path / "hill", {"t": [HILL] * 90})
+    job = task(pool, {"a": sea, "b": tmp_path / "hill"})
+    classifier.prepare(job)
+    parts = np.split(given["weights"], [120, 150])  # of the pool, of 30 rows and of 90
+    assert [part.sum() for part in parts] == pytest.approx([1 / 2, 1 / 4, 1 / 4])
+    assert all(len(np.unique(part)) == 2 for part in parts)
+    assert given["labels"].tolist() == [0.0] * 120 + [1.0] * 120
+    held_out = job.notes["held_out"]
+    assert [held_out["pool"], held_out["target"]] == [(p == 0).sum() for p in np.split(given["weights"], 2)]
+    assert held_out["pool"] > 0 < held_out["target"]
+
+
 def test_other_blocks_give_the_same_classifier(tmp_path: Path) -> None:
     pool, target = planted(tmp_path)
     scores = []

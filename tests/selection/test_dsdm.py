@@ -66,7 +66,7 @@ def test_scores_follow_the_formula(tmp_path: Path) -> None:
     """Two proxies, two target sets of which one is masked: written out with whole matrices."""
     make_shards(tmp_path / "pool", good=70, noise=60, seed=1)
     make_shards(tmp_path / "a", good=40, noise=0, seed=2)
-    make_shards(tmp_path / "b", good=20, noise=20, seed=3, masked=True)
+    make_shards(tmp_path / "b", good=20, noise=20, seed=3, masked=True, counted_from=12)
     proxies = (tmp_path / "lm0", tmp_path / "lm1")
     for seed, folder in enumerate(proxies):
         tiny_lm(seed=seed).save_pretrained(folder)
@@ -85,7 +85,7 @@ def test_scores_follow_the_formula(tmp_path: Path) -> None:
         counted = rows["b"].loss_mask[:, 1:].sum() / 15
         target = (look(rows["a"]).sum(axis=0) / 40 + look(rows["b"]).sum(axis=0) / counted) / 2
         expected.append(phi @ np.linalg.inv(kernel) @ target)
-    assert found == pytest.approx(np.mean(expected, axis=0), rel=1e-3, abs=1e-4)
+    assert found == pytest.approx(np.mean(expected, axis=0), rel=1e-3, abs=1e-3 * np.ptp(found))
     assert np.ptp(found) > 0.01
 
 

@@ -24,13 +24,14 @@ from ray_dwm.selection.projection import factors, project
 K = 64
 
 
-@pytest.fixture(params=["tied", "untied"])
+@pytest.fixture(params=["tied", "untied", "padded"])
 def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    """A tiny LM; where it is tied, its embedding and its head are one matrix."""
+    """A tiny LM; where it is tied, its embedding and its head are one matrix; padding's embedding is not learnt."""
     lm = tiny_lm()
-    if request.param == "untied":
+    if request.param != "tied":
         config = lm.config
         config.tie_word_embeddings = False
+        config.pad_token_id = 7 if request.param == "padded" else None
         lm = LlamaForCausalLM(config).float().eval()
     return lm
 
