@@ -82,15 +82,18 @@ def quotas(proportions: NDArray[np.float64], count: int, available: NDArray[np.i
         available: (domains,), rows that there are; together at least `count`.
     """
     assert available.sum() >= count
-    exact = np.zeros(len(proportions))
-    free = available > 0
-    while (left := count - exact.sum()) > 1e-9:
-        weights = np.where(free, proportions, 0.0)
+    full = available == 0
+    while True:  # each turn fills a domain, or is the last
+        weights = np.where(full, 0.0, proportions)
         if weights.sum() == 0:  # only domains of proportion 0 have rows left
-            weights = np.where(free, available - exact, 0.0)
-        exact = np.minimum(exact + left * weights / weights.sum(), available)
-        free = exact < available - 1e-9
-    whole = np.floor(exact + 1e-9).astype(np.int64)
+            weights = np.where(full, 0.0, available)
+        left = count - int(available[full].sum())
+        exact = np.where(full, available, left * weights / (weights.sum() or 1.0))
+        over = ~full & (exact >= available)
+        if not over.any():
+            break
+        full |= over
+    whole = np.floor(exact).astype(np.int64)
     rest = count - int(whole.sum())
-    whole[np.argsort(-(exact - whole), kind="stable")[:rest]] += 1
+    whole[np.argsort(whole - exact, kind="stable")[:rest]] += 1
     return whole
