@@ -5,15 +5,14 @@
 
 For each seed and method `train` selects as many tokens of the quickstart's pool as it trains on, and trains the
 quickstart's LM on them, with uniform weights (alone) and with a DWM that is learnt meanwhile (+ DWM). Runs and
-selections are kept in the storage: the same command continues. Seconds of a method are what selecting took, proxy LMs
-included, the first time that a seed asked for it.
+selections are kept in the storage: the same command continues. Seconds of selecting are those that the selection's
+record says, of mates the stages'; a proxy LM counts for the first method of a seed that asked for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,10 +21,11 @@ import ray
 from common import RESULTS, versions, where
 
 from ray_dwm.config import RunConfig, load
-from ray_dwm.data.records import write_whole
+from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.orchestration.prepare import prepare_sets
 from ray_dwm.orchestration.select import with_selection
 from ray_dwm.orchestration.train import train
+from ray_dwm.selection.record import RECORD
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROXY = ["selection.proxy.steps=160", "selection.proxy.lr=3e-3"]
@@ -49,13 +49,13 @@ def run_config(args: argparse.Namespace, method: str, seed: int, weights: str) -
     name = "".join(c if c.isalnum() else "-" for c in method)
     options = [f"data.selection={method.split(',')[0]}", *METHODS[method]]
     first = load([CONFIG])
-    tokens = (args.steps or first.train.steps) * first.train.global_batch * first.prepare.seq_len
-    storage = f"{args.storage}/seed-{seed}"
+    tokens = args.steps * first.train.global_batch * first.prepare.seq_len
+    storage = f"{args.storage}/{args.steps}-steps/seed-{seed}"
     options += [f"storage={storage}", f"seed={seed}", f"name={name}-{weights}", f"weighting.method={weights}"]
     options += [f"selection.budget={0 if method == 'mates' else tokens}", "tracking.wandb=off"]
     if method == "dwm":
         options += [f"selection.dwm.folder={newest_dwm(Path(storage) / 'random-dwm')}"]
-    return load([CONFIG], options + ([f"train.steps={args.steps}"] if args.steps else []))
+    return load([CONFIG], [*options, f"train.steps={args.steps}"])
 
 
 def newest_dwm(run: Path) -> Path:
@@ -65,15 +65,14 @@ def newest_dwm(run: Path) -> Path:
 
 def measure(config: RunConfig) -> dict[str, Any]:
     """Losses over whole sets, tokens, and seconds of selecting and of training."""
-    started = time.perf_counter()
-    if config.data.selection != "mates":
-        config = with_selection(config)
-    selecting = time.perf_counter() - started
+    config = with_selection(config)
     summary = train(config)
+    stages, chosen = config.run_dir / "stages", Path(config.data.train)
+    records = stages.glob(f"*/{RECORD}") if config.in_stages else [chosen / RECORD]
     return {
         "final": {key.split("/")[1]: value for key, value in summary["final"].items()},
         "tokens": summary["tokens"],
-        "select_seconds": selecting,
+        "select_seconds": sum(read_json(path)["seconds"] for path in records),
         "train_seconds": summary["train_seconds"],
         "overhead_frac": summary["overhead_frac"],
     }
@@ -106,23 +105,29 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     """Command line."""
+    whole = load([CONFIG]).train.steps
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=0, help="LM steps; 0: the quickstart's")
+    parser.add_argument(
+        "--steps", type=int, default=whole, help="LM steps; fewer are a quick look, with a result of its own"
+    )
     parser.add_argument("--storage", default="runs/selection-table")
-    parser.add_argument("--output", type=Path, default=RESULTS / "selection_table.json")
+    parser.add_argument("--output", type=Path, help="default: selection_table.json among the results")
     args = parser.parse_args()
+    look = "" if args.steps == whole else f"-{args.steps}-steps"
+    args.output = args.output or RESULTS / f"selection_table{look}.json"
     prepare_sets(load([CONFIG]), missing_only=True)
     content = json.loads(args.output.read_text()) if args.output.exists() else {"runs": {}}
     content |= {"benchmark": "selection_table", "device": where(), "versions": versions(), "methods": METHODS}
-    content |= {"config": CONFIG.read_text(), "steps": args.steps or load([CONFIG]).train.steps}
+    content["config"] = CONFIG.read_text()
     for seed in args.seeds:
         for method in args.methods:
             for weights in WEIGHTS.values():
-                key = f"{method}/{weights}/{seed}"
-                if key not in content["runs"]:
-                    content["runs"][key] = measure(run_config(args, method, seed, weights))
+                key, of = f"{method}/{weights}/{seed}", {"steps": args.steps, "options": METHODS[method]}
+                if content["runs"].get(key, {}).get("of") != of:  # of other options
+                    measured = measure(run_config(args, method, seed, weights))
+                    content["runs"][key] = {"of": of, **measured}
                     write_whole(args.output, json.dumps(content, indent=2) + "\n")
     ray.shutdown()
     text = table(content["runs"], args.methods, args.seeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -95,11 +96,12 @@ def select(
 
     given = {"data.selection": method, "data.train": pool, "selection.budget": budget, "selection.output": output}
     for place, folder in enumerate(target or []):
-        key = f"data.more_targets.{Path(folder).name}" if place else "data.target"
+        name = Path(folder).name
+        if place and not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise UserError(f"--target {folder}: sets are named by their folders, which {name!r} cannot be: rename it")
+        key = f"data.more_targets.{name}" if place else "data.target"
         if key in given:
-            raise UserError(
-                f"--target {folder}: another set has the folder name {Path(folder).name}, rename one of them"
-            )
+            raise UserError(f"--target {folder}: another set has the folder name {name}, rename one of them")
         given[key] = folder
     given["selection.keep_scores"] = "true" if scores else ""
     options = [f"{key}={value}" for key, value in given.items() if value]

@@ -63,7 +63,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it and train again") from None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} is damaged ({reason}): remove it and start the same command again") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

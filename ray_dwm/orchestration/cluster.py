@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -88,6 +89,21 @@ def quiet_ray_data() -> None:
 def in_job() -> bool:
     """Whether this is a Ray job, whose working folder is a temporary copy."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def is_temporary(folder: str) -> bool:
+    """Whether a folder would lie in a Ray job's working folder, which other nodes do not see."""
+    return in_job() and not Path(folder).expanduser().is_absolute()
+
+
+def warn_if_temporary(key: str, folder: str) -> None:
+    """Say that a relative folder goes with a Ray job's working folder."""
+    if folder and is_temporary(folder):
+        print(
+            f"warning: {key}={folder} is relative, and a Ray job's working folder is temporary: pass "
+            f"{key}=/a/shared/folder to keep what is made and to be able to resume",
+            flush=True,
+        )
 
 
 def needed(config: RunConfig, workers: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from ray_dwm.orchestration.cluster import (
     connect,
     fitting,
     free_resources,
+    is_temporary,
     preflight,
     probe,
     unreachable,
@@ -30,7 +31,6 @@ from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.dwm_actor import actor_name
 from ray_dwm.orchestration.findings import Finding, attempt, count, has_failed, run_check
 from ray_dwm.orchestration.run import absolute
-from ray_dwm.orchestration.train import storage_is_temporary
 
 _LIMIT_S = 120.0
 """Of a check that waits for processes of Ray; their own waits are shorter, so that they can say more."""
@@ -98,7 +98,7 @@ class Doctor:
             self._check("checksums", lambda: [doctor_config.check_shards(run)], 5 * _LIMIT_S)
         else:
             self._skip("checksums", reason)
-        temporary = storage_is_temporary(self._config)
+        temporary = is_temporary(self._config.storage)
         if not self._check("run folder", lambda: [doctor_config.check_run_folder(run, temporary)]):
             self._skip("disk", "there can be no run folder")
         elif there:

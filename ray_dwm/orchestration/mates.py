@@ -96,7 +96,9 @@ def fit_stages(config: RunConfig, pool: Manifest) -> dict[str, Any]:
 def _choose(config: RunConfig, pool: Manifest, stage: Stage) -> None:
     """Choose what a stage trains on, unless that is done."""
     folder = stage_folder(config.run_dir, stage.number)
+    work = folder.parent / f".{stage.number}.work"
     if folder.exists():
+        shutil.rmtree(work, ignore_errors=True)  # a kill may have left it
         return
     if stop_path(config).exists():
         raise Stopped(f"[{config.name}] stopped at step {stage.first}, before the next: the same command continues")
@@ -107,7 +109,6 @@ def _choose(config: RunConfig, pool: Manifest, stage: Stage) -> None:
             f"step {at}, not of the stage's first, {stage.first}: restore it, or remove later checkpoints or the run"
         )
     started = time.monotonic()
-    work = folder.parent / f".{stage.number}.work"
     task = Task(
         options=config.selection,
         seed=int(np.random.SeedSequence((config.seed, stage.number)).generate_state(1, np.uint32)[0]),
@@ -122,7 +123,7 @@ def _choose(config: RunConfig, pool: Manifest, stage: Stage) -> None:
         os.rename(work / "ready", folder)
     except OSError as error:
         raise TrainingError(
-            f"{folder} cannot be written ({error.strerror}): free space there and start the same command again"
+            f"{folder} cannot be written ({error.strerror or error}): free space there and start the same command again"
         ) from None
     shutil.rmtree(work, ignore_errors=True)
     say(config.run_dir, _told(record))

@@ -9,9 +9,10 @@ from pathlib import Path
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.errors import UserError
-from ray_dwm.orchestration.cluster import connect
-from ray_dwm.orchestration.select import plan_selection, scored_pool, task_of, work_folder
+from ray_dwm.orchestration.cluster import connect, warn_if_temporary
+from ray_dwm.orchestration.select import cannot_be_written, plan_selection, scored_pool, task_of
 from ray_dwm.orchestration.sweep import RaySweep
+from ray_dwm.orchestration.work import work_folder
 from ray_dwm.selection.method import Scored, Task
 from ray_dwm.selection.scores import FILE
 
@@ -25,6 +26,7 @@ def score(config: RunConfig, output: Path) -> None:
     Raises:
         UserError: before anything was started, or where the data do not allow it; no half-written file is left.
     """
+    warn_if_temporary("--output", str(output))
     output = output.expanduser().absolute()
     _require_new(output)
     pool = load_manifest(config.data.train)
@@ -35,13 +37,13 @@ def score(config: RunConfig, output: Path) -> None:
     selection = plan_selection(dataclasses.replace(config, data=data, selection=options))
     connect(config)
     try:
-        with work_folder(selection) as work:
+        with work_folder(output, selection.depends_on) as work:
             _require_new(output)  # another process may have made it meanwhile
             task = task_of(selection, RaySweep(work, options))
             scored = scored_pool(selection, task, work)
-            os.replace(work / "shards" / FILE, output)
+            os.replace(work / FILE, output)
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}): free space or choose another file") from None
+        raise cannot_be_written(output, error) from None
     print(table(pool, scored), spread(task), f"scores: {output}", sep="\n", flush=True)
 
 

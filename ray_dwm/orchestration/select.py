@@ -8,30 +8,26 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ray_dwm.config import RunConfig, to_dict
-from ray_dwm.data.manifest import MANIFEST, DomainStats, Manifest, ShardFile, file_sha256, load_manifest
-from ray_dwm.data.records import LOCK, locked, read_json, write_whole
+from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
+from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.errors import ConfigError, UserError
-from ray_dwm.orchestration.cluster import connect
+from ray_dwm.orchestration.cluster import connect, warn_if_temporary
 from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
 from ray_dwm.orchestration.sweep import RaySweep
+from ray_dwm.orchestration.work import SHARDS, work_folder, work_path
+from ray_dwm.orchestration.write import write_rows
 from ray_dwm.selection import record, scores
 from ray_dwm.selection.method import Scored, Task, applies
 from ray_dwm.selection.methods import METHODS, score
 from ray_dwm.selection.targets import read_targets
-from ray_dwm.selection.write import ROWS_PER_FILE, write_part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,20 +137,31 @@ def select(config: RunConfig) -> Path:
     folder = selection.folder
     if folder.exists():
         _require_same(selection)
+        shutil.rmtree(work_path(folder), ignore_errors=True)  # a kill may have left it
         print(f"selection by {selection.method} is there already: {folder}", flush=True)
         return folder
+    output = config.selection.output
+    warn_if_temporary("selection.output" if output else "storage", output or config.storage)
     connect(config)
     try:
-        with work_folder(selection) as work:
+        with work_folder(folder, selection.depends_on) as work:
             if folder.exists():  # made by another process in the meantime
                 _require_same(selection)
                 return folder
             _fill(selection, work)
-            os.rename(work / "shards", folder)
+            os.rename(work / SHARDS, folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): free space or choose another folder") from None
+        raise cannot_be_written(folder, error) from None
     print(record.table(read_json(folder / record.RECORD)), f"\nselection: {folder}", flush=True)
     return folder
+
+
+def cannot_be_written(output: Path, error: OSError) -> UserError:
+    """The error of an output for which there is no space or no permission."""
+    return UserError(
+        f"{output} cannot be written ({error.strerror or error}): free space, or choose another "
+        "place; the same command continues"
+    )
 
 
 def with_selection(config: RunConfig) -> RunConfig:
@@ -169,72 +176,56 @@ def with_selection(config: RunConfig) -> RunConfig:
 
 
 def _require_same(selection: Selection) -> None:
-    if not _holds(selection.folder / record.RECORD, {"depends_on": selection.depends_on}):
-        raise UserError(f"{selection.folder} exists already and is another selection: choose another output folder")
-
-
-def _holds(path: Path, content: dict[str, Any]) -> bool:
-    """Whether there is a JSON file that says at least this."""
-    return path.is_file() and content.items() <= read_json(path).items()
-
-
-@contextmanager
-def work_folder(selection: Selection) -> Iterator[Path]:
-    """Where blocks are kept until the body has ended well; what another selection has left there goes.
-
-    Processes that make the same output take turns.
-    """
-    work = selection.folder.parent / f".{selection.folder.name}.work"
-    key = work / "key.json"
-    content = json.dumps({**selection.depends_on, "block_tokens": selection.config.selection.block_tokens})
-    work.mkdir(parents=True, exist_ok=True)
-    waiting = partial(print, f"another process is at work on {selection.folder}: waiting for it", flush=True)
-    with locked(work / LOCK, waiting):
-        work.mkdir(exist_ok=True)  # who was waited for has removed it
-        if not key.exists() or read_json(key) != json.loads(content):
-            for path in work.iterdir():
-                if path.name != LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (work / "shards").mkdir(parents=True, exist_ok=True)
-        write_whole(key, content)
-        yield work
-        shutil.rmtree(work, ignore_errors=True)
+    folder = selection.folder
+    stored = folder / record.RECORD
+    if not stored.is_file() or read_json(stored).get("depends_on") != selection.depends_on:
+        raise UserError(f"{folder} exists already and is another selection: choose another output folder")
+    if selection.config.selection.keep_scores and not (folder / scores.FILE).exists():
+        raise UserError(f"{folder} exists already, without scores: remove it, or choose another output folder")
 
 
 def _fill(selection: Selection, work: Path) -> None:
     started = time.monotonic()
     config, pool, method = selection.config, selection.pool, METHODS[selection.method]
-    sweep = RaySweep(work, config.selection)
+    sweep, shards = RaySweep(work, config.selection), work / SHARDS
     task = task_of(selection, sweep)
     if (weights := selection.domain_weights) is not None:
-        ready = weights.ready(pool, selection.rows, sweep, work / "shards")
-        task = dataclasses.replace(task, domain_weights=ready)
+        task = dataclasses.replace(task, domain_weights=weights.ready(pool, selection.rows, sweep, shards))
     scored = scored_pool(selection, task, work)
     rows = method.choose(task, scored, selection.rows)
-    files, domains = _write_rows(selection, sweep, work, rows)
-    shards = work / "shards"
-    dataclasses.replace(
-        pool,
-        folder=shards,
-        files=files,
-        domains=domains,
-        made_by={"command": "select", "method": selection.method, "ordered": method.ordered, "pool": pool.folder.name},
-    ).write()
+    files, domains = write_rows(rows, pool, sweep, work)
+    made_by = {"command": "select", "method": selection.method, "ordered": method.ordered, "pool": pool.folder.name}
+    dataclasses.replace(pool, folder=shards, files=files, domains=domains, made_by=made_by).write()
     copy_tokenizer(pool.folder / FOLDER, shards / FOLDER)
     content = {
         "method": selection.method,
         "depends_on": selection.depends_on,
         "options": to_dict(config.selection),
+        "folders": {
+            "pool": str(pool.folder),
+            "targets": {name: str(manifest.folder) for name, manifest in selection.targets.items()},
+            "proxies": [str(proxy.folder) for proxy in selection.proxies],
+        },
         "notes": task.notes,
         **record.describe(pool, scored, rows),
         "seconds": time.monotonic() - started,
     }
     write_whole(shards / record.RECORD, json.dumps(content, indent=2) + "\n")
+    for left in shards.glob(".*.tmp"):  # by a kill
+        left.unlink()
+    if config.selection.keep_scores:
+        os.replace(work / scores.FILE, shards / scores.FILE)
 
 
 def task_of(selection: Selection, sweep: RaySweep) -> Task:
-    """What the method is given, its proxies ready."""
+    """What the method is given: its data, compared with their checksums, and its proxies, ready.
+
+    Raises:
+        DataError: a shard is damaged, which nobody would see any more once its rows have been written anew.
+    """
     config, pool = selection.config, selection.pool
+    for manifest in (pool, *selection.targets.values()):
+        open_shards(str(manifest.folder)).verify()
     return Task(
         options=config.selection,
         seed=config.seed,
@@ -246,46 +237,17 @@ def task_of(selection: Selection, sweep: RaySweep) -> Task:
 
 
 def scored_pool(selection: Selection, task: Task, work: Path) -> Scored:
-    """Scores of the whole pool, from a file or by the method; where they are kept, in the shards of the work folder."""
-    options, digest = task.options, _hash(selection.scores_of)
+    """Scores of the whole pool, from a file or by the method; where they are kept, in the work folder."""
+    options, digest, kept = task.options, _hash(selection.scores_of), work / scores.FILE
     if options.scores:
-        scored = scores.read(Path(options.scores).expanduser(), task.pool, digest)
+        given = Path(options.scores).expanduser()
+        scored = scores.read(given, task.pool, digest)
+        if options.keep_scores:
+            shutil.copyfile(given, kept)
     else:
         blocks = score(selection.method, task)
-        if options.keep_scores:
-            blocks = scores.kept(work / "shards" / scores.FILE, blocks, task.pool, digest)
-        scored = scores.gather(blocks, task.pool)
+        scored = scores.gather(
+            scores.kept(kept, blocks, task.pool, digest) if options.keep_scores else blocks, task.pool
+        )
     scores.require_usable(scored, selection.method)
     return scored
-
-
-def _write_rows(
-    selection: Selection, sweep: RaySweep, work: Path, rows: NDArray[np.int64]
-) -> tuple[tuple[ShardFile, ...], dict[str, DomainStats]]:
-    """The chosen rows as shards: their files, and what they hold of each domain."""
-    pool, rows_file, reports = selection.pool, work / "rows.npy", work / "parts"
-    reports.mkdir(exist_ok=True)
-    np.save(rows_file, rows)
-    paths = [reports / f"{number:05d}.json" for number in range(-(-len(rows) // ROWS_PER_FILE))]
-    sweep.each(
-        "writing shards",
-        [number for number, path in enumerate(paths) if not path.exists()],
-        partial(_write_part, pool=str(pool.folder), rows_file=str(rows_file), work=str(work)),
-    )
-    parts = [read_json(path) for path in paths]
-    counts = np.sum([part["rows"] for part in parts], axis=0)
-    domains = {
-        name: DomainStats(
-            rows=int(count),
-            tokens=int(count) * pool.seq_len,
-            bytes_per_token=pool.domains[name].bytes_per_token,  # the whole domain's: texts are not counted again
-        )
-        for name, count in zip(pool.domain_names, counts, strict=True)
-        if count
-    }
-    return tuple(ShardFile(**part["shard"]) for part in parts), domains
-
-
-def _write_part(number: int, *, pool: str, rows_file: str, work: str) -> None:
-    report = write_part(number, pool=pool, rows_file=rows_file, output=f"{work}/shards")
-    write_whole(Path(work) / "parts" / f"{number:05d}.json", json.dumps(report))

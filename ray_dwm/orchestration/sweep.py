@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+import ray.exceptions
 from numpy.typing import NDArray
 
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import replacing
 from ray_dwm.data.shards import open_shards
-from ray_dwm.errors import DataError, DwmError, TrainingError
+from ray_dwm.errors import DataError, DwmError, ResourceError, TrainingError
+from ray_dwm.orchestration.cluster import alive_nodes, fitting
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction
 
 _TELL_S = 10.0
+_RETRIES = 3
+"""Of a unit of work whose process or node died; Ray Data would try for ever."""
+_HUNGRY = "selection.block_tokens, selection.proxy.batch or selection.tasks"
 
 
 class RaySweep:
@@ -37,48 +45,67 @@ class RaySweep:
         Raises:
             UserError, TrainingError: what the function raised for a block; the others' results stay.
         """
-        results = self._work / _file_name(name)
+        results = self._work / _folder_name(name, folder, rows)
         results.mkdir(parents=True, exist_ok=True)
         manifest = load_manifest(folder)
         size = block or max(1, self.options.block_tokens // manifest.seq_len)
-        total, numbers = manifest.rows if rows is None else len(rows), ""
+        total = manifest.rows if rows is None else len(rows)
         if rows is not None:
-            numbers = str(results / "rows.npy")
-            with replacing(Path(numbers)) as temporary, temporary.open("wb") as stream:
+            with replacing(results / _ROWS) as temporary, temporary.open("wb") as stream:
                 np.save(stream, rows)
-        blocks = [_Block(start, min(start + size, total)) for start in range(0, total, size)]
-        missing = [block for block in blocks if not block.path(results).exists()]
-        if missing:
-            options = {"folder": folder, "function": function, "results": str(results), "rows": numbers}
-            self._map(name, [asdict(block) for block in missing], _run_block, options, len(blocks) - len(missing))
-        for block_of_rows in blocks:
-            yield read_arrays(block_of_rows.path(results))
+        paths = [_path(results, size, number) for number in range(-(-total // size))]
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        of: dict[str, Any] = {"folder": folder, "chosen": rows is not None, "results": results, "size": size}
+        self.each(name, missing, partial(_write_block, function=function, **of), done=len(paths) - len(missing))
+        for path in paths:
+            yield read_arrays(path)
 
-    def each(self, name: str, numbers: list[int], function: Callable[[int], object]) -> None:
-        """Run a function, which writes what it makes, on each of some numbers."""
-        if numbers:
-            self._map(name, [{"number": number} for number in numbers], _run_item, {"function": function}, 0)
+    def each(self, name: str, numbers: Sequence[int], function: Callable[[int], object], done: int = 0) -> None:
+        """Run a function, which writes what it makes, on each of some numbers.
 
-    def _map(
-        self, name: str, items: list[dict[str, Any]], function: Callable[..., dict[str, Any]], options: Any, done: int
-    ) -> None:
+        Args:
+            done: units of work that are there from before.
+
+        Raises:
+            ResourceError: no node has what one unit asks for; Ray alone would wait forever.
+            UserError, TrainingError: what the function raised.
+        """
+        if not numbers:
+            return
         o = self.options
-        resources: dict[str, Any] = {"num_cpus": o.cpus_per_task}
+        resources: dict[str, Any] = {"num_cpus": o.cpus_per_task, "max_retries": _RETRIES}
         if o.gpus_per_task:
             resources["num_gpus"] = o.gpus_per_task
         elif ray.cluster_resources().get("GPU"):  # else every task would take its node's first one
             resources["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+        _require_room(o)
+        items = [{"number": number} for number in numbers]
         mapped = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            function,
-            fn_kwargs=options,
+            _run,
+            fn_kwargs={"function": function},
             compute=ray.data.TaskPoolStrategy(size=min(o.tasks, len(items))),
             **resources,
         )
         told = _Told(self._title + name, done + len(items), done)
-        for row in mapped.iter_rows():
-            if row["error"]:
-                raise (TrainingError if row["failed"] else DataError)(row["error"])
-            told.one()
+        try:
+            for row in mapped.iter_rows():
+                if row["error"]:
+                    raise _raised(name, row)
+                told.one()
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            raise TrainingError(
+                f"{name}: a task's process was killed, {_RETRIES + 1} times ({str(error).splitlines()[0]}): if it "
+                f"was for memory, lower {_HUNGRY}; the same command continues"
+            ) from None
+
+
+def _require_room(options: SelectionConfig) -> None:
+    bundle = {"CPU": options.cpus_per_task, "GPU": options.gpus_per_task}
+    if not fitting([node["Resources"] for node in alive_nodes()], bundle):
+        raise ResourceError(
+            f"no node of the cluster has {bundle['CPU']:g} CPUs and {bundle['GPU']:g} GPUs for a unit of work: lower "
+            "selection.cpus_per_task or selection.gpus_per_task, or add nodes"
+        )
 
 
 class _Told:
@@ -99,58 +126,69 @@ class _Told:
         self._last = now
         passed = now - self._began
         left = int(passed / (self._done - self._start) * (self._total - self._done))
-        end = f"{left // 60}:{left % 60:02d} left" if left else f"{passed:.0f} s"
+        end = f"{left // 60}:{left % 60:02d} left" if self._done < self._total else f"{passed:.0f} s"
         print(f"{self._name}: {self._done} of {self._total} blocks, {end}", flush=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows start .. stop - 1 of those that are visited."""
-
-    start: int
-    stop: int
-
-    def path(self, results: Path) -> Path:
-        """Where its result lies; blocks of another size have other names."""
-        return results / f"{self.start:012d}-{self.stop - self.start}.npz"
-
-
-def _run_block(item: dict[str, Any], folder: str, function: RowFunction, results: str, rows: str) -> dict[str, Any]:
-    # An error travels back as data: an exception would be wrapped and retried by Ray.
-    block = _Block(**item)
-    try:
-        numbers = np.arange(block.start, block.stop)
-        if rows:
-            numbers = np.load(rows, mmap_mode="r", allow_pickle=False)[block.start : block.stop]
-        write_arrays(block.path(Path(results)), function(open_shards(folder).take(np.asarray(numbers))))
-    except (DwmError, OSError) as error:
-        return _problem(error)
-    return {"error": ""}
-
-
-def _run_item(row: dict[str, Any], function: Callable[[int], object]) -> dict[str, Any]:
+def _run(row: dict[str, Any], function: Callable[[int], object]) -> dict[str, Any]:
+    # An error travels back as data: an exception would be wrapped by Ray.
+    error, failed = "", False
     try:
         function(int(row["number"]))
-    except (DwmError, OSError) as error:
-        return _problem(error)
-    return {"error": ""}
+    except DwmError as raised:
+        error, failed = str(raised), isinstance(raised, TrainingError)
+    except OSError as raised:
+        what = " ".join(str(part) for part in (raised.strerror or raised, raised.filename) if part)
+        error = f"{what}: free space, or use folders that all nodes can read and write"
+    except (MemoryError, RuntimeError) as raised:
+        if not isinstance(raised, MemoryError) and type(raised).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        error, failed = f"out of memory ({str(raised).splitlines()[0]}): lower {_HUNGRY}", True
+    return {"error": error, "failed": failed, "host": socket.gethostname()}
 
 
-def _problem(error: Exception) -> dict[str, Any]:
-    return {"error": str(error), "failed": isinstance(error, TrainingError)}
+def _raised(name: str, row: dict[str, Any]) -> DwmError:
+    where = "" if row["host"] == socket.gethostname() else f" on node {row['host']}, which must see what others see"
+    return (TrainingError if row["failed"] else DataError)(f"{name}{where}: {row['error']}")
 
 
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write named arrays; the file appears whole."""
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **arrays)
+_ROWS = "rows.npy"
+
+
+def _folder_name(name: str, folder: str, rows: NDArray[np.int64] | None) -> str:
+    """Readable, and another one for every function, set and choice of rows: their blocks must never be mixed up."""
+    digest = hashlib.sha256(f"{name}\n{folder}".encode())
+    if rows is not None:
+        digest.update(np.ascontiguousarray(rows).data)
+    return f"{''.join(c if c.isalnum() else '-' for c in name)[:64]}-{digest.hexdigest()[:12]}"
+
+
+def _path(results: Path, size: int, number: int) -> Path:
+    """Where the result of a block of so many rows lies; blocks of another size have other names."""
+    return results / f"{size}-{number:07d}.npz"
+
+
+def _write_block(number: int, *, function: RowFunction, folder: str, chosen: bool, results: Path, size: int) -> None:
+    reader, part = open_shards(folder), slice(number * size, (number + 1) * size)
+    if chosen:
+        rows = np.asarray(np.load(results / _ROWS, mmap_mode="r", allow_pickle=False)[part])
+    else:
+        rows = np.arange(part.start, min(part.stop, reader.manifest.rows))
+    with replacing(_path(results, size, number)) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **function(reader.take(rows)))
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read named arrays."""
-    with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+    """The named arrays of a block.
 
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}, a finished block, is damaged ({str(error).splitlines()[0]}): remove it and start the same "
+            "command again"
+        ) from None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig
 from ray_dwm.engine.setup import check_data
-from ray_dwm.orchestration.cluster import in_job
+from ray_dwm.orchestration.cluster import warn_if_temporary
 from ray_dwm.orchestration.mates import check_stages, fit_stages
 from ray_dwm.orchestration.prepare import prepare_sets
 from ray_dwm.orchestration.run import run
@@ -21,25 +20,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         UserError: before anything was started.
         TrainingError: the run failed, or was stopped by a SIGTERM; the last checkpoint is intact.
     """
-    warn_of_temporary_storage(config)
+    warn_if_temporary("storage", config.storage)
     prepare_sets(config, missing_only=True)
     config = with_selection(config)
     if not config.in_stages:
         return run(config)
     check_stages(config, check_data(config))
     return run(config, fit_stages)
-
-
-def warn_of_temporary_storage(config: RunConfig) -> None:
-    """Say that a relative storage goes with a Ray job's temporary working folder."""
-    if storage_is_temporary(config):
-        print(
-            f"warning: storage={config.storage} is relative, and a Ray job's working folder is temporary: pass "
-            "storage=/a/shared/folder to keep the run and to be able to resume it",
-            flush=True,
-        )
-
-
-def storage_is_temporary(config: RunConfig) -> bool:
-    """Whether the run folder would lie in a Ray job's working folder."""
-    return in_job() and not Path(config.storage).expanduser().is_absolute()

@@ -82,18 +82,18 @@ def quotas(proportions: NDArray[np.float64], count: int, available: NDArray[np.i
         available: (domains,), rows that there are; together at least `count`.
     """
     assert available.sum() >= count
-    exact, left = np.zeros(len(proportions)), float(count)
-    while left > 0:
-        free = exact < available
-        weights = np.where(free, proportions, 0.0)
+    full = available == 0
+    while True:  # each turn fills a domain, or is the last
+        weights = np.where(full, 0.0, proportions)
         if weights.sum() == 0:  # only domains of proportion 0 have rows left
-            weights = np.where(free, available - exact, 0.0)
-        if weights.sum() == 0:  # all is taken, but for rounding
+            weights = np.where(full, 0.0, available)
+        left = count - int(available[full].sum())
+        exact = np.where(full, available, left * weights / (weights.sum() or 1.0))
+        over = ~full & (exact >= available)
+        if not over.any():
             break
-        wanted = exact + left * weights / weights.sum()
-        exact = np.minimum(wanted, available)
-        left = float((wanted - exact).sum())  # 0 to the last bit unless another domain is empty now, so this ends
-    whole = np.floor(exact + 1e-9).astype(np.int64)
+        full |= over
+    whole = np.floor(exact).astype(np.int64)
     rest = count - int(whole.sum())
-    whole[np.argsort(-(exact - whole), kind="stable")[:rest]] += 1
+    whole[np.argsort(whole - exact, kind="stable")[:rest]] += 1
     return whole

@@ -34,14 +34,16 @@ def quantiles(scores: NDArray[np.float64]) -> dict[str, float]:
     return {f"{q:g}": float(value) for q, value in zip(_QUANTILES, values, strict=True)}
 
 
-def _domain(pool: Manifest, scored: Scored, chosen: NDArray[np.bool_], inside: NDArray[np.bool_]) -> dict[str, float]:
+def _domain(
+    pool: Manifest, scored: Scored, chosen: NDArray[np.bool_], inside: NDArray[np.bool_]
+) -> dict[str, float | None]:
     before, after = int(inside.sum()), int((inside & chosen).sum())
     return {
         "tokens_pool": before * pool.seq_len,
         "tokens_selected": after * pool.seq_len,
         "share_pool": before / len(scored),
         "share_selected": after / int(chosen.sum()),
-        "mean_score": float(scored.scores[inside].mean()) if before else float("nan"),
+        "mean_score": float(scored.scores[inside].mean()) if before else None,
     }
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_dwm.data.manifest import Manifest
-from ray_dwm.data.shards import Rows
+from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.errors import DataError
 from ray_dwm.selection.method import Arrays, RowFunction, Scored
 
@@ -87,15 +87,20 @@ def read(path: Path, pool: Manifest, digest: str) -> Scored:
     """
     try:
         file = pq.ParquetFile(path)
-        found = (file.schema_arrow.metadata or {}).get(_DIGEST, b"").decode()
-        table = file.read(columns=["domain", "score"])
-    except (OSError, pa.ArrowException) as error:
+        found = (file.schema_arrow.metadata or {}).get(_DIGEST, b"").decode(errors="replace")
+        table = file.read(columns=["sample_id", "domain", "score"])
+        ids, scores = table.column("sample_id").to_numpy(), table.column("score").cast(pa.float64()).to_numpy()
+        domain = table.column("domain").unify_dictionaries().combine_chunks()
+        names, codes = domain.dictionary.to_pylist(), domain.indices.to_numpy()
+    except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
         raise DataError(f"scores {path} cannot be read ({str(error).splitlines()[0]}): score anew") from None
     if found != digest or len(table) != pool.rows:
         raise DataError(
             f"scores {path} are of another pool, target set, seed or method: leave selection.scores empty to score anew"
         )
-    names = table.column("domain").cast(pa.string())
-    codes = {name: code for code, name in enumerate(pool.domain_names)}
-    domains = np.array([codes[name] for name in names.to_pylist()], dtype=np.int32)
-    return Scored(table.column("score").to_numpy(), domains)
+    if not (np.array_equal(ids, open_shards(str(pool.folder)).sample_ids()) and set(names) <= pool.domains.keys()):
+        raise DataError(
+            f"scores {path} are not in the order of the pool {pool.folder}: leave the file as it was written"
+        )
+    places = {name: code for code, name in enumerate(pool.domain_names)}
+    return Scored(scores, np.array([places[name] for name in names], dtype=np.int32)[codes])

@@ -8,7 +8,7 @@ import pytest
 from orchestration.conftest import Console
 from synthetic import tiny_config
 
-from ray_dwm.orchestration.cluster import _cpus, fitting, needed
+from ray_dwm.orchestration.cluster import _cpus, fitting, needed, warn_if_temporary
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,23 @@ def test_a_private_cluster_has_room_for_both_runs_of_a_comparison(shards: dict[s
 def test_a_worker_never_spans_two_nodes(bundle: dict[str, float], expected: int) -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}]
     assert fitting(nodes, bundle) == expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "in_job", "told"),
+    [
+        ("runs", True, True),
+        ("/runs", True, False),
+        ("~/runs", True, False),
+        ("", True, False),
+        ("runs", False, False),
+    ],
+)
+def test_a_relative_folder_of_a_job_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, in_job: bool, told: bool
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    if in_job:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    warn_if_temporary("storage", folder)
+    assert ("warning: storage=runs is relative" in capsys.readouterr().out) is told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,15 @@ def test_every_stage_trains_on_what_was_chosen_for_it(undisturbed: RunConfig) ->
 def test_whatever_interrupts_it_leaves_no_trace(
     undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path
 ) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "name=disturbed", "selection.tasks=1")
+    """From where its first stage ended, killed while it probes."""
+    config = tiny_config(shards, tmp_path, *OPTIONS, "name=undisturbed", "selection.tasks=1")
+    shutil.copytree(undisturbed.run_dir, config.run_dir)
+    for later in ("stages/1", "checkpoints/step_000000016", "hf"):
+        shutil.rmtree(config.run_dir / later)
+    (config.run_dir / "summary.json").unlink()
     process = console.start(config)
-    probed = config.run_dir / "stages" / ".1.work" / "influences-of-probes"
-    wait_for(lambda: len(list(probed.glob("*.npz"))) >= 2, 120, "probes")
+    probed = config.run_dir / "stages" / ".1.work"
+    wait_for(lambda: len(list(probed.glob("influences-of-probes-*/*.npz"))) >= 2, 120, "probes")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert "blocks are there from before" in console.finish(config, console.start(config))

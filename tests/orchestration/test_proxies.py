@@ -12,10 +12,11 @@ import ray
 from lms import tiny_lm
 from synthetic import tiny_config
 
-from ray_dwm.config import load
+from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import open_shards
-from ray_dwm.errors import DwmError, UserError
+from ray_dwm.errors import TrainingError, UserError
+from ray_dwm.orchestration import proxies
 from ray_dwm.orchestration.proxies import plan_proxies
 from ray_dwm.orchestration.select import select
 
@@ -93,20 +94,20 @@ def driver(cluster: dict[str, str]) -> Any:
 
 
 def dsdm_config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
-    """Forty sequences by DsDm, with two proxies of seconds."""
+    """Forty sequences by DsDm, with a proxy of seconds."""
     options = ["data.selection=dsdm", "selection.budget=640", f"selection.output={root / 'out'}"]
-    options += ["selection.block_tokens=800", "selection.dsdm.features=64", "selection.proxy.count=2"]
+    options += ["selection.block_tokens=800", "selection.dsdm.features=64", "selection.proxy.lr=3e-3"]
     return tiny_config(shards, root, *options, "selection.proxy.preset=tiny", "selection.proxy.steps=30", *overrides)
 
 
 def test_proxies_are_trained_once_for_all_selections(
     driver: None, shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = select(dsdm_config(shards, tmp_path, "selection.proxy.lr=3e-3"))
+    folder = select(dsdm_config(shards, tmp_path))
     assert load_manifest(folder).domains["good"].rows == 40
     assert "[proxy-" in capsys.readouterr().out
-    assert len(list((tmp_path / "proxies").glob("proxy-*/summary.json"))) == 2
-    again = ["selection.proxy.lr=3e-3", "selection.tasks=1", "selection.block_tokens=1120", "selection.proxy.batch=5"]
+    assert len(list((tmp_path / "proxies").glob("proxy-*/summary.json"))) == 1
+    again = ["selection.tasks=1", "selection.block_tokens=1120", "selection.proxy.batch=5"]
     other = select(dsdm_config(shards, tmp_path, *again, f"selection.output={tmp_path / 'other'}"))
     assert "[proxy-" not in capsys.readouterr().out
     found = [open_shards(str(path)).sample_ids().tolist() for path in (folder, other)]
@@ -114,9 +115,12 @@ def test_proxies_are_trained_once_for_all_selections(
 
 
 def test_a_proxy_that_diverges_is_one_line_and_leaves_nothing(
-    driver: None, shards: dict[str, Path], tmp_path: Path
+    driver: None, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DwmError, match=r"proxy LM .*selection\.proxy\.lr") as raised:
-        select(dsdm_config(shards, tmp_path, "selection.proxy.lr=1e4", "selection.proxy.count=1"))
-    assert "\n" not in str(raised.value)
+    def diverging(config: RunConfig) -> None:
+        raise TrainingError(f"[{config.name}] the gradient is not finite at step 3: lower train.lr")
+
+    monkeypatch.setattr(proxies, "train", diverging)
+    with pytest.raises(TrainingError, match=r"^proxy LM \[proxy-.* step 3: lower selection\.proxy\.lr$"):
+        select(dsdm_config(shards, tmp_path))
     assert not (tmp_path / "out").exists()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,17 +19,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from synthetic import make_shards, tiny_config
 
 from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import LOCK, locked
-from ray_dwm.data.shards import Rows, open_shards
-from ray_dwm.errors import DataError, TrainingError, UserError
+from ray_dwm.data.shards import Rows, ShardReader, open_shards
+from ray_dwm.errors import DataError, ResourceError, TrainingError, UserError
 from ray_dwm.orchestration.select import plan_selection, select, with_selection
-from ray_dwm.orchestration.sweep import RaySweep
+from ray_dwm.orchestration.sweep import RaySweep, _folder_name, _raised, _run, read_arrays
+from ray_dwm.orchestration.write import write_rows
 from ray_dwm.selecting import SelectionConfig
-from ray_dwm.selection.method import Arrays
+from ray_dwm.selection.method import Arrays, Task
+from ray_dwm.selection.methods import score
 
 ROWS = 40
 _SELECT = """
@@ -68,6 +76,11 @@ def test_select_writes_shards_that_train_takes(shards: dict[str, Path], tmp_path
     assert record["domains"]["good"]["tokens_selected"] == manifest.domains["good"].tokens
     selected = scores.column("score").to_numpy()[rows]
     assert record["scores"]["selected"]["0.5"] == pytest.approx(np.median(selected))
+    assert record["folders"] == {
+        "pool": str(shards["train"]),
+        "targets": {"target": str(shards["target"])},
+        "proxies": [],
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -138,7 +151,7 @@ def test_finished_blocks_survive_a_failure(shards: dict[str, Path], tmp_path: Pa
     sweep = RaySweep(tmp_path / "work", SelectionConfig(block_tokens=512, tasks=1))
     with pytest.raises(DataError, match="no such luck"):
         list(sweep("numbers", str(shards["train"]), halting))
-    done = len(list((tmp_path / "work" / "numbers").glob("*.npz")))
+    done = len(list((tmp_path / "work").glob("numbers-*/*.npz")))
     assert 0 < done < 8
     (calls / "mended").touch()
     blocks = list(sweep("numbers", str(shards["train"]), halting))
@@ -160,6 +173,131 @@ def test_a_sweep_over_some_rows_and_without_a_gpu(
     everything = open_shards(str(shards["train"])).sample_ids()
     assert np.concatenate([block["ids"] for block in blocks]).tolist() == everything[rows].tolist()
     assert {str(block["gpus"]) for block in blocks} == {""}
+
+
+def test_sets_of_the_same_name_do_not_share_results(shards: dict[str, Path], tmp_path: Path) -> None:
+    """A target set may be called `pool`."""
+
+    def seen(rows: Rows) -> Arrays:
+        return {"ids": rows.sample_ids}
+
+    sweep = RaySweep(tmp_path, SelectionConfig())
+    for name in ("train", "target"):
+        found = np.concatenate([block["ids"] for block in sweep("n-grams of pool", str(shards[name]), seen, block=64)])
+        assert found.tolist() == open_shards(str(shards[name])).sample_ids().tolist()
+
+
+def test_folders_of_results_are_never_shared() -> None:
+    asked = [("n-grams of a.b", "/x", None), ("n-grams of a-b", "/x", None), ("n-grams of a-b", "/y", None)]
+    asked += [("x" * 300, "/x", None), ("../../x", "/x", None)]
+    asked += [("n-grams of a-b", "/x", np.array(rows)) for rows in ([1, 2], [1, 3])]
+    names = [_folder_name(*each) for each in asked]
+    assert len(set(names)) == len(asked)
+    assert all(len(name) < 100 and "/" not in name and name[0] != "." for name in names)
+
+
+@pytest.mark.parametrize("kind", ["train", "target"])
+def test_damage_is_not_written_anew_under_a_good_checksum(tmp_path: Path, kind: str) -> None:
+    for seed, name in enumerate(("train", "target", "held_out")):
+        make_shards(tmp_path / name, good=60, noise=60, seed=seed)
+    path = tmp_path / kind / "part-1.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{path} differs from its checksum"):
+        select(config({n: tmp_path / n for n in ("train", "target", "held_out")}, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_kill_at_the_end_leaves_harms_nothing(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the output's appearance and the removal of the work."""
+    wanted, work = config(shards, tmp_path), tmp_path / ".out.work"
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        folder = select(wanted)
+    assert (work / "parts" / "00000.json").exists()
+    folder.rename(tmp_path / "elsewhere")
+    select(wanted)
+    open_shards(str(folder)).verify()
+    assert (folder / "part-00000.arrow").read_bytes() == (tmp_path / "elsewhere" / "part-00000.arrow").read_bytes()
+    work.mkdir()
+    select(wanted)
+    assert not work.exists()
+
+
+def test_what_an_interrupted_run_with_other_options_leaves_is_not_in_the_output(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(name: str, task: Task) -> Iterator[Arrays]:
+        yield next(iter(score(name, task)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as halting:
+        halting.setattr("ray_dwm.orchestration.select.score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            select(config(shards, tmp_path, "selection.keep_scores=true"))
+    (tmp_path / ".out.work" / "shards" / ".selection.json.0.tmp").touch()
+    folder = select(config(shards, tmp_path))
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "part-00000.arrow", "selection.json"}
+    with pytest.raises(UserError, match="exists already, without scores: remove it"):
+        select(config(shards, tmp_path, "selection.keep_scores=true"))
+
+
+def test_parts_of_other_rows_are_written_anew(shards: dict[str, Path], tmp_path: Path) -> None:
+    pool = load_manifest(shards["train"])
+    (tmp_path / "shards").mkdir()
+    for rows in ([1, 2, 3], [1, 2, 3], [250, 5]):
+        files, domains = write_rows(np.array(rows), pool, RaySweep(tmp_path, SelectionConfig()), tmp_path)
+        replace(pool, folder=tmp_path / "shards", files=files, domains=domains).write()
+        found = ShardReader(load_manifest(tmp_path / "shards")).sample_ids()
+        assert found.tolist() == open_shards(str(shards["train"])).take(np.array(rows)).sample_ids.tolist()
+
+
+@pytest.mark.parametrize("option", [{"cpus_per_task": 9.0}, {"gpus_per_task": 0.5}])
+def test_what_no_node_has_is_told_instead_of_waited_for(
+    shards: dict[str, Path], tmp_path: Path, option: dict[str, float]
+) -> None:
+    with pytest.raises(ResourceError, match=r"no node .* lower selection.cpus_per_task or selection.gpus_per_task"):
+        RaySweep(tmp_path, SelectionConfig(**option)).each("nothing", [1], print)  # type: ignore[arg-type]
+
+
+def test_a_task_whose_process_dies_is_not_tried_for_ever(tmp_path: Path) -> None:
+    def dying(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match=r"a task's process was killed, 4 times .* lower selection.block_tokens"):
+        RaySweep(tmp_path, SelectionConfig()).each("dying", [1], dying)
+
+
+def test_errors_of_tasks_name_what_is_done_and_where() -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"/blocks/{number}")
+
+    row = _run({"number": 7}, full)
+    assert str(_raised("scores", row)).startswith("scores: No space left on device /blocks/7: free space, or use fol")
+    other = str(_raised("scores", {**row, "host": "far"}))
+    assert other.startswith("scores on node far, which must see what others see: No space left")
+    assert isinstance(_raised("x", {**row, "failed": True}), TrainingError)
+
+    def hungry(number: int) -> None:
+        raise torch.OutOfMemoryError(f"tried to allocate {number} GiB\nmore")
+
+    told = _raised("scores", _run({"number": 7}, hungry))
+    assert isinstance(told, TrainingError)
+    assert str(told).startswith("scores: out of memory (tried to allocate 7 GiB): lower selection.block_tokens, sel")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no zip", b"pickled"])
+def test_damaged_blocks_are_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "5-0.npz"
+    path.write_bytes(content)
+    if content == b"pickled":
+        np.savez(path, x=np.array([object()]))
+    with pytest.raises(DataError, match=r"a finished block, is damaged .*: remove it and start the same") as raised:
+        read_arrays(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_run_that_fails_in_a_task_has_failed(shards: dict[str, Path], tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def test_quotas_sum_and_fit_in_random_cases() -> None:
         assert found.sum() == count and (found <= available).all() and (found >= 0).all()
 
 
+def test_quotas_of_a_whole_large_pool() -> None:
+    """At millions of rows sums of shares are off by more than any fixed tolerance."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        available = rng.integers(1, 10**6, size=60)
+        shares = available / available.sum()
+        assert (quotas(shares, int(available.sum()), available) == available).all()
+        count = int(available.sum() * 0.37)
+        found = quotas(shares, count, available)
+        assert found.sum() == count and np.abs(found - shares * count).max() < 1.01
+
+
 def test_highest_takes_the_earlier_of_equals_and_returns_rows_in_order() -> None:
     assert highest(task(), scored([1, 3, 2, 3, 2]), 3).tolist() == [1, 2, 3]
 

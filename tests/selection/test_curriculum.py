@@ -179,7 +179,7 @@ def written(rows: np.ndarray, pool: Path, folder: Path) -> Manifest:
     """Ordered shards of some rows of a pool."""
     folder.mkdir()
     np.save(folder / "rows.npy", rows)
-    part = write_part(0, pool=str(pool), rows_file=str(folder / "rows.npy"), output=str(folder))
+    part = write_part(0, pool=str(pool), rows_file=str(folder / "rows.npy"), output=folder)
     manifest = replace(
         load_manifest(pool), folder=folder, files=(ShardFile(**part["shard"]),), made_by={"ordered": True}
     )

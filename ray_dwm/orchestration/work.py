@@ -1,0 +1,46 @@
+"""The hidden folder beside an output, in which unfinished work survives an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray_dwm.data.records import LOCK, locked, read_json, write_whole
+
+SHARDS = "shards"
+"""In it, what becomes the output."""
+
+
+def work_path(output: Path) -> Path:
+    """Where the work for an output lies."""
+    return output.with_name(f".{output.name}.work")
+
+
+@contextmanager
+def work_folder(output: Path, depends_on: Mapping[str, Any]) -> Iterator[Path]:
+    """What is kept until the body has ended well; what other work for the same output has left there goes.
+
+    Processes that make the same output take turns.
+
+    Args:
+        depends_on: all that the work depends on.
+    """
+    work, content = work_path(output), json.dumps(depends_on)
+    work.mkdir(parents=True, exist_ok=True)
+    waiting = partial(print, f"another process is at work on {output}: waiting for it", flush=True)
+    with locked(work / LOCK, waiting):
+        work.mkdir(exist_ok=True)  # who was waited for has removed it
+        key = work / "key.json"
+        if not key.exists() or read_json(key) != json.loads(content):
+            for path in work.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (work / SHARDS).mkdir(exist_ok=True)
+        write_whole(key, content)
+        yield work
+        shutil.rmtree(work, ignore_errors=True)
