@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
-from ray_dwm.errors import UserError
+from ray_dwm.errors import Stopped, UserError
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.select import plan_selection, scored_pool, task_of, work_folder
 from ray_dwm.orchestration.sweep import RaySweep
@@ -40,6 +40,8 @@ def score(config: RunConfig, output: Path) -> None:
             task = task_of(selection, RaySweep(work, options))
             scored = scored_pool(selection, task, work)
             os.replace(work / "shards" / FILE, output)
+    except KeyboardInterrupt:
+        raise Stopped(f"scores {output} interrupted: the same command continues from its finished blocks") from None
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): free space or choose another file") from None
     print(table(pool, scored), spread(task), f"scores: {output}", sep="\n", flush=True)

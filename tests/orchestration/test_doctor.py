@@ -81,7 +81,11 @@ def test_sets_that_train_would_make_first(
     [
         (["data.selection=random"], "warning", "12.80 epochs"),
         (["data.selection=random", "selection.budget=4096"], "ok", "the training set"),
-        (["data.selection=curriculum", "selection.budget=4096", "train.steps=4"], "warning", "in stored order: the last"),
+        (
+            ["data.selection=curriculum", "selection.budget=4096", "train.steps=4"],
+            "warning",
+            "in stored order: the last",
+        ),
     ],
 )
 def test_epochs_are_of_what_is_selected_before_training(
