@@ -158,7 +158,7 @@ def select(config: RunConfig) -> Path:
         raise Stopped(f"selection {folder} interrupted: the same command continues from its finished blocks") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): free space or choose another folder") from None
-    print(record.table(read_json(folder / record.RECORD)), f"\nselection: {folder}", flush=True)
+    print(record.table(read_json(folder / record.RECORD)), f"selection: {folder}", sep="\n", flush=True)
     return folder
 
 

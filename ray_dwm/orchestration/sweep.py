@@ -88,7 +88,8 @@ class _Told:
         self._name, self._total, self._start, self._done = name, total, done, done
         self._began = self._last = time.monotonic()
         before = f", {done} are there from before" if done else ""
-        print(f"{name}: {total} blocks{before}", flush=True)  # the first one may take minutes
+        if total > 1:
+            print(f"{name}: {total} blocks{before}", flush=True)  # the first one may take minutes
 
     def one(self) -> None:
         """One more is done."""
