@@ -50,7 +50,7 @@ def _domain(pool: Manifest, scored: Scored, chosen: NDArray[np.bool_], inside: N
 def opening(method: str, pool: Manifest, rows: int, targets: Iterable[str]) -> str:
     """What is about to be selected, for people."""
     sets, tokens = ", ".join(targets), f"{rows * pool.seq_len:,} of {pool.rows * pool.seq_len:,} tokens"
-    whom = f"for {sets}" if sets else "for no target set, none is looked at"
+    whom = f"for {sets}" if sets else "without a target set"
     return f"{method}: {rows:,} of {pool.rows:,} sequences, {tokens}, {whom}"
 
 

@@ -32,4 +32,4 @@ def test_table() -> None:
 def test_opening() -> None:
     text = opening("dsir", pool(), 6, ["target", "target-2"])
     assert text == "dsir: 6 of 8 sequences, 768 of 1,024 tokens, for target, target-2"
-    assert opening("random", pool(), 6, []).endswith("tokens, for no target set, none is looked at")
+    assert opening("random", pool(), 6, []).endswith(" tokens, without a target set")
