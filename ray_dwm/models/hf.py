@@ -116,7 +116,7 @@ def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWei
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"{folder} is not a readable DWM folder ({reason}): name a version in a run's dwm folder, or an exported one"
+            f"{folder} is not a readable DWM folder ({reason}): name one in a run's dwm folder, or an exported one"
         ) from None
     if tokenizer_sha256 is not None and config.get("tokenizer_sha256") != tokenizer_sha256:
         raise DataError(
