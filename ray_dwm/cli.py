@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from ray_dwm.config import RunConfig, load
 from ray_dwm.errors import DwmError, UserError
 from ray_dwm.planning.options import number, whole
+from ray_dwm.selecting import MethodName
 
 app = typer.Typer(
     help="Pre-train LMs with a learned Data Weighting Model on Ray.",
@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+SELECTIONS = get_args(MethodName)[1:]  # but for `none`
 
 Config = Annotated[
     list[Path] | None,
@@ -80,29 +82,33 @@ def prepare(config: Config = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def select(
-    method: Annotated[str, typer.Argument(help="random, dsir, ...: docs/selection.md has all of them.")],
+    method: Annotated[str, typer.Argument(help=f"{', '.join(SELECTIONS)}. docs/selection.md says which one when.")],
     pool: Annotated[str, typer.Option(help="Token shards to select from; as data.train.")] = "",
     target: Annotated[
-        list[str] | None, typer.Option(help="Token shards that the selection is for; as data.target. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Token shards that the selection is for; as data.target. May be repeated: several sets count the same."
+        ),
     ] = None,
     budget: Annotated[str, typer.Option(help="Tokens to select, as 30_000_000; as selection.budget.")] = "",
-    output: Annotated[str, typer.Option(help="Folder of the selected shards; as selection.output.")] = "",
-    scores: Annotated[bool, typer.Option("--scores", help="Also keep the scores of the whole pool.")] = False,
+    output: Annotated[
+        str, typer.Option(help="New folder of the selected shards; as selection.output. Default: in the storage.")
+    ] = "",
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Also keep the scores of the whole pool: selection.scores= takes them.")
+    ] = False,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Select a part of a pool of token shards for a target set, as token shards that `train` takes."""
+    """Select a part of a pool of token shards, as token shards that `train` takes; the same command resumes."""
     from ray_dwm.orchestration.select import select as run
 
+    if method not in SELECTIONS:
+        raise UserError(f"there is no method {method!r}: it must be one of {', '.join(SELECTIONS)}")
     given = {"data.selection": method, "data.train": pool, "selection.budget": budget, "selection.output": output}
-    for place, folder in enumerate(target or []):
-        name = Path(folder).name
-        if place and not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            raise UserError(f"--target {folder}: sets are named by their folders, which {name!r} cannot be: rename it")
-        key = f"data.more_targets.{name}" if place else "data.target"
-        if key in given:
-            raise UserError(f"--target {folder}: another set has the folder name {name}, rename one of them")
-        given[key] = folder
+    given["weighting.method"] = "uniform"  # a selection is not refused for what a DWM would need
+    for place, folder in enumerate(target or [], start=1):
+        given["data.target" if place == 1 else f"data.more_targets.target-{place}"] = folder
     given["selection.keep_scores"] = "true" if scores else ""
     options = [f"{key}={value}" for key, value in given.items() if value]
     run(_load(config, [*options, *(overrides or [])]))
@@ -121,7 +127,7 @@ def score(
     """Score sequences that a DWM was not learnt on: the mean over random batches, and the spread."""
     from ray_dwm.orchestration.score import score as run
 
-    given: dict[str, object] = {"selection.dwm.folder": dwm, "data.train": pool}
+    given: dict[str, object] = {"selection.dwm.folder": dwm, "data.train": pool, "weighting.method": "uniform"}
     given |= {f"selection.dwm.{key}": value for key, value in (("rounds", rounds), ("batch", batch)) if value}
     options = [f"{key}={value}" for key, value in given.items()]
     run(_load(config, [*options, *(overrides or [])]), output)

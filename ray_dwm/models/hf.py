@@ -115,7 +115,9 @@ def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWei
         model.load_state_dict(state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{folder} is not a readable DWM folder ({reason}): export it again") from None
+        raise DataError(
+            f"{folder} is not a readable DWM folder ({reason}): name one in a run's dwm folder, or an exported one"
+        ) from None
     if tokenizer_sha256 is not None and config.get("tokenizer_sha256") != tokenizer_sha256:
         raise DataError(
             f"{folder} was learnt with another tokenizer: prepare the data with that tokenizer, or learn anew"

@@ -161,6 +161,7 @@ def _train(run: RunConfig) -> None:
     waiting = partial(print, f"another selection trains {run.run_dir}: waiting for it", flush=True)
     try:
         with locked(Path(run.storage) / f".{run.name}.lock", waiting):
+            print(f"training an LM on the pool for {run.train.steps} steps; it is kept: {run.run_dir}", flush=True)
             train(run)  # which returns at once where another process has done it meanwhile
     except TrainingError as error:
         raise TrainingError(f"proxy LM {str(error).replace('train.lr', 'selection.proxy.lr')}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
-from ray_dwm.errors import UserError
+from ray_dwm.errors import Stopped, UserError
 from ray_dwm.orchestration.cluster import connect, warn_if_temporary
 from ray_dwm.orchestration.select import cannot_be_written, plan_selection, scored_pool, task_of
 from ray_dwm.orchestration.sweep import RaySweep
@@ -42,6 +42,8 @@ def score(config: RunConfig, output: Path) -> None:
             task = task_of(selection, RaySweep(work, options))
             scored = scored_pool(selection, task, work)
             os.replace(work / FILE, output)
+    except KeyboardInterrupt:
+        raise Stopped(f"scores {output} interrupted: the same command continues from its finished blocks") from None
     except OSError as error:
         raise cannot_be_written(output, error) from None
     print(table(pool, scored), spread(task), f"scores: {output}", sep="\n", flush=True)

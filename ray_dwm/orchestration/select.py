@@ -17,7 +17,7 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
-from ray_dwm.errors import ConfigError, UserError
+from ray_dwm.errors import ConfigError, Stopped, UserError
 from ray_dwm.orchestration.cluster import connect, warn_if_temporary
 from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
@@ -84,7 +84,7 @@ def plan_selection(config: RunConfig) -> Selection:
         raise ConfigError(f"data.selection is none: name a method, one of {', '.join(METHODS)}")
     method = METHODS[config.data.selection]
     if not config.data.train:
-        raise ConfigError("data.train is empty: name the pool, a folder of token shards")
+        raise ConfigError("data.train is empty: name the pool, a folder of token shards (--pool)")
     pool = load_manifest(config.data.train)
     targets = read_targets(config, pool) if applies(method.targeted, config.selection) else {}
     rows = _rows(config, pool)
@@ -105,7 +105,9 @@ def plan_selection(config: RunConfig) -> Selection:
 def _rows(config: RunConfig, pool: Manifest) -> int:
     budget, tokens = config.selection.budget, pool.rows * pool.seq_len
     if budget < pool.seq_len:
-        raise ConfigError(f"selection.budget is {budget} tokens: it must be at least one sequence of {pool.seq_len}")
+        raise ConfigError(
+            f"selection.budget is {budget} tokens: it must be at least one sequence of {pool.seq_len} (--budget)"
+        )
     if budget > tokens:
         raise ConfigError(f"selection.budget is {budget} tokens, the pool {pool.folder} has {tokens}: lower it")
     return budget // pool.seq_len
@@ -142,6 +144,7 @@ def select(config: RunConfig) -> Path:
         return folder
     output = config.selection.output
     warn_if_temporary("selection.output" if output else "storage", output or config.storage)
+    print(record.opening(selection.method, selection.pool, selection.rows, selection.targets), flush=True)
     connect(config)
     try:
         with work_folder(folder, selection.depends_on) as work:
@@ -150,9 +153,11 @@ def select(config: RunConfig) -> Path:
                 return folder
             _fill(selection, work)
             os.rename(work / SHARDS, folder)
+    except KeyboardInterrupt:
+        raise Stopped(f"selection {folder} interrupted: the same command continues from its finished blocks") from None
     except OSError as error:
         raise cannot_be_written(folder, error) from None
-    print(record.table(read_json(folder / record.RECORD)), f"\nselection: {folder}", flush=True)
+    print(record.table(read_json(folder / record.RECORD)), f"selection: {folder}", sep="\n", flush=True)
     return folder
 
 

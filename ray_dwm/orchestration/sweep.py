@@ -114,8 +114,9 @@ class _Told:
     def __init__(self, name: str, total: int, done: int) -> None:
         self._name, self._total, self._start, self._done = name, total, done, done
         self._began = self._last = time.monotonic()
-        if done:
-            print(f"{name}: {done} of {total} blocks are there from before", flush=True)
+        before = f", {done} are there from before" if done else ""
+        if total > 1:
+            print(f"{name}: {total} blocks{before}", flush=True)  # the first one may take minutes
 
     def one(self) -> None:
         """One more is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ray_dwm.selection.method import Scored
 
 RECORD = "selection.json"
 _QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+_COLUMNS = ("tokens_pool", "share_pool", "tokens_selected", "share_selected")
 
 
 def describe(pool: Manifest, scored: Scored, rows: NDArray[np.int64]) -> dict[str, Any]:
@@ -47,14 +49,20 @@ def _domain(
     }
 
 
+def opening(method: str, pool: Manifest, rows: int, targets: Iterable[str]) -> str:
+    """What is about to be selected, for people."""
+    sets, tokens = ", ".join(targets), f"{rows * pool.seq_len:,} of {pool.rows * pool.seq_len:,} tokens"
+    whom = f"for {sets}" if sets else "without a target set"
+    return f"{method}: {rows:,} of {pool.rows:,} sequences, {tokens}, {whom}"
+
+
 def table(record: dict[str, Any]) -> str:
     """The domains for people."""
-    lines = [f"{'domain':<16}{'tokens before':>16}{'after':>14}{'share before':>14}{'after':>8}"]
-    for name, d in record["domains"].items():
+    lines = [f"{'domain':<16}{'pool, tokens':>18}{'share':>8}{'selected, tokens':>20}{'share':>8}{'taken':>8}"]
+    rows = [(name, *(d[key] for key in _COLUMNS)) for name, d in record["domains"].items()]
+    rows.append(("all", record["tokens"]["pool"], 1.0, record["tokens"]["selected"], 1.0))
+    for name, before, share_before, after, share_after in rows:
         lines.append(
-            f"{name:<16}{d['tokens_pool']:>16,}{d['tokens_selected']:>14,}{d['share_pool']:>14.1%}"
-            f"{d['share_selected']:>8.1%}"
+            f"{name:<16}{before:>18,}{share_before:>8.1%}{after:>20,}{share_after:>8.1%}{after / before:>8.1%}"
         )
-    tokens = record["tokens"]
-    lines.append(f"{'all':<16}{tokens['pool']:>16,}{tokens['selected']:>14,}")
     return "\n".join(lines)

@@ -19,7 +19,10 @@ def read_targets(config: RunConfig, pool: Manifest) -> dict[str, Manifest]:
     """
     targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()}
     if not targets:
-        raise ConfigError(f"data.target is empty: selection by {config.data.selection} needs a target set")
+        raise ConfigError(
+            f"data.target is empty: selection by {config.data.selection} needs a target set, name a folder of token "
+            "shards (--target)"
+        )
     for name, target in targets.items():
         if target.tokenizer_sha256 != pool.tokenizer_sha256:
             raise DataError(

@@ -92,7 +92,7 @@ def test_whatever_interrupts_it_leaves_no_trace(
     wait_for(lambda: len(list(probed.glob("influences-of-probes-*/*.npz"))) >= 2, 120, "probes")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert "blocks are there from before" in console.finish(config, console.start(config))
+    assert "are there from before" in console.finish(config, console.start(config))
     assert figures(config) == figures(undisturbed)
     for stage in range(STAGES):
         np.testing.assert_array_equal(rows_of(config, stage), rows_of(undisturbed, stage))

@@ -26,7 +26,8 @@ from ray_dwm.config import to_yaml
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import LOCK, locked
 from ray_dwm.data.shards import Rows, ShardReader, open_shards
-from ray_dwm.errors import DataError, ResourceError, TrainingError, UserError
+from ray_dwm.errors import DataError, ResourceError, Stopped, TrainingError, UserError
+from ray_dwm.orchestration import select as selecting
 from ray_dwm.orchestration.select import plan_selection, select, with_selection
 from ray_dwm.orchestration.sweep import RaySweep, _folder_name, _raised, _run, read_arrays
 from ray_dwm.orchestration.write import write_rows
@@ -138,6 +139,18 @@ def test_another_budget_without_scoring_again(
     assert not (tmp_path / "other").exists()
 
 
+def test_an_interruption_says_how_to_go_on(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selecting, "_fill", interrupted)
+    with pytest.raises(Stopped, match="out interrupted: the same command continues"):
+        select(config(shards, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
+
+
 def test_finished_blocks_survive_a_failure(shards: dict[str, Path], tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     calls.mkdir()
@@ -236,7 +249,7 @@ def test_what_an_interrupted_run_with_other_options_leaves_is_not_in_the_output(
 
     with monkeypatch.context() as halting:
         halting.setattr("ray_dwm.orchestration.select.score", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             select(config(shards, tmp_path, "selection.keep_scores=true"))
     (tmp_path / ".out.work" / "shards" / ".selection.json.0.tmp").touch()
     folder = select(config(shards, tmp_path))
@@ -313,7 +326,10 @@ def test_a_run_that_fails_in_a_task_has_failed(shards: dict[str, Path], tmp_path
     [
         (["selection.budget=4097"], "selection.budget is 4097 tokens, the pool .* has 4096: lower it"),
         (["selection.budget=15"], "it must be at least one sequence of 16"),
-        (["data.target=", "data.held_out={}"], "data.target is empty: selection by dsir needs a target set"),
+        (
+            ["data.target=", "data.held_out={}"],
+            "data.target is empty: selection by dsir needs a target set, name a .* .--target.",
+        ),
         (["data.train="], "data.train is empty: name the pool"),
         (["data.selection=none"], "data.selection is none: name a method"),
         (["data.target=SMALL"], "small .set target. has 7 sequences: a selection needs at least 8"),
