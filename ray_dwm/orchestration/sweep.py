@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
 import time
 import zipfile
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.exceptions
 from numpy.typing import NDArray
 
 from ray_dwm.data.manifest import load_manifest
@@ -25,8 +25,8 @@ from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction
 
 _TELL_S = 10.0
-_RETRIES = 3
-"""Of a unit of work whose process or node died; Ray Data would try for ever."""
+_MOST_STARTS = 4
+"""Of a unit of work whose process or node dies again and again; Ray Data would try for ever."""
 _HUNGRY = "selection.block_tokens, selection.proxy.batch or selection.tasks"
 
 
@@ -73,30 +73,27 @@ class RaySweep:
         if not numbers:
             return
         o = self.options
-        resources: dict[str, Any] = {"num_cpus": o.cpus_per_task, "max_retries": _RETRIES}
+        resources: dict[str, Any] = {"num_cpus": o.cpus_per_task}
         if o.gpus_per_task:
             resources["num_gpus"] = o.gpus_per_task
         elif ray.cluster_resources().get("GPU"):  # else every task would take its node's first one
             resources["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         _require_room(o)
+        starts = self._work / "starts"
+        shutil.rmtree(starts, ignore_errors=True)
+        starts.mkdir(parents=True, exist_ok=True)
         items = [{"number": number} for number in numbers]
         mapped = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _run,
-            fn_kwargs={"function": function},
+            fn_kwargs={"function": function, "starts": starts},
             compute=ray.data.TaskPoolStrategy(size=min(o.tasks, len(items))),
             **resources,
         )
         told = _Told(self._title + name, done + len(items), done)
-        try:
-            for row in mapped.iter_rows():
-                if row["error"]:
-                    raise _raised(name, row)
-                told.one()
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            raise TrainingError(
-                f"{name}: a task's process was killed, {_RETRIES + 1} times ({str(error).splitlines()[0]}): if it "
-                f"was for memory, lower {_HUNGRY}; the same command continues"
-            ) from None
+        for row in mapped.iter_rows():
+            if row["error"]:
+                raise _raised(name, row)
+            told.one()
 
 
 def _require_room(options: SelectionConfig) -> None:
@@ -131,11 +128,14 @@ class _Told:
         print(f"{self._name}: {self._done} of {self._total} blocks, {end}", flush=True)
 
 
-def _run(row: dict[str, Any], function: Callable[[int], object]) -> dict[str, Any]:
+def _run(row: dict[str, Any], function: Callable[[int], object], starts: Path) -> dict[str, Any]:
     # An error travels back as data: an exception would be wrapped by Ray.
     error, failed = "", False
     try:
+        started = starts / str(row["number"])
+        _count_start(started)
         function(int(row["number"]))
+        started.unlink(missing_ok=True)
     except DwmError as raised:
         error, failed = str(raised), isinstance(raised, TrainingError)
     except OSError as raised:
@@ -144,8 +144,19 @@ def _run(row: dict[str, Any], function: Callable[[int], object]) -> dict[str, An
     except (MemoryError, RuntimeError) as raised:
         if not isinstance(raised, MemoryError) and type(raised).__name__ != "OutOfMemoryError":  # torch's
             raise
-        error, failed = f"out of memory ({str(raised).splitlines()[0]}): lower {_HUNGRY}", True
+        reason = str(raised).partition("\n")[0] or "on the host"
+        error, failed = f"out of memory ({reason}): lower {_HUNGRY}", True
     return {"error": error, "failed": failed, "host": socket.gethostname()}
+
+
+def _count_start(path: Path) -> None:
+    with path.open("a") as stream:
+        stream.write(".")
+    if path.stat().st_size > _MOST_STARTS:
+        raise TrainingError(
+            f"a task's process was killed {_MOST_STARTS} times: if it was for memory, lower {_HUNGRY}; the same "
+            "command continues"
+        )
 
 
 def _raised(name: str, row: dict[str, Any]) -> DwmError:

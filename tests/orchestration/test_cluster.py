@@ -5,28 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 from orchestration.conftest import Console
 from synthetic import tiny_config
 
-from ray_dwm.orchestration.cluster import _cpus, fitting, needed, warn_if_temporary
+from ray_dwm.errors import ResourceError
+from ray_dwm.orchestration import cluster
+from ray_dwm.orchestration.cluster import _cpus, fitting, needed, preflight, warn_if_temporary
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["cluster.workers=8"], "the run needs 10 CPUs"),
-        (["cluster.cpus_per_worker=9"], "the run needs 11 CPUs"),
-        (["cluster.gpus_per_worker=1"], "the run needs 1 GPUs"),
-        (["cluster.dwm_gpus=0.5"], "the run needs 0.5 GPUs"),
-    ],
-)
-def test_too_small_a_cluster(
-    shards: dict[str, Path], console: Console, tmp_path: Path, overrides: list[str], message: str
-) -> None:
-    config = tiny_config(shards, tmp_path / "runs", "train.micro_batch=1", *overrides)
+def test_too_small_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
+    config = tiny_config(shards, tmp_path / "runs", "train.micro_batch=1", "cluster.workers=8")
     output = console.finish(config, console.start(config), code=2)
     assert output.count("\n") == 1
-    assert output.startswith(f"error: {message}")
+    assert output.startswith("error: the run needs 10 CPUs")
     assert "the cluster has" in output
     assert not (tmp_path / "runs").exists()
 
@@ -38,6 +30,26 @@ def test_unreachable_cluster(shards: dict[str, Path], console: Console, tmp_path
     assert output.splitlines()[-1].startswith("error: no Ray cluster answers at 127.0.0.1:9")
     assert "`ray start --head`" in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster.cpus_per_worker=9"], "the run needs 11 CPUs"),
+        (["cluster.gpus_per_worker=1"], "the run needs 1 GPUs"),
+        (["cluster.dwm_gpus=0.5"], "the run needs 0.5 GPUs"),
+        (["cluster.cpus_per_worker=6"], "only 0 of 1 workers of 6 CPUs and 0 GPUs fit"),
+    ],
+)
+def test_each_shortage_is_named(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    """On two nodes of 5 CPUs."""
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: [{"Resources": {"CPU": 5.0}}] * 2)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 10.0})
+    config = tiny_config(shards, tmp_path, "train.micro_batch=1", *overrides)
+    with pytest.raises(ResourceError, match=f"^{message}"):
+        preflight(config)
 
 
 @pytest.mark.parametrize(

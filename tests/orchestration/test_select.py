@@ -280,26 +280,29 @@ def test_a_task_whose_process_dies_is_not_tried_for_ever(tmp_path: Path) -> None
     def dying(number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(TrainingError, match=r"a task's process was killed, 4 times .* lower selection.block_tokens"):
+    with pytest.raises(TrainingError, match=r"a task's process was killed 4 times: .* lower selection.block_tokens"):
         RaySweep(tmp_path, SelectionConfig()).each("dying", [1], dying)
 
 
-def test_errors_of_tasks_name_what_is_done_and_where() -> None:
+def test_errors_of_tasks_name_what_is_done_and_where(tmp_path: Path) -> None:
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"/blocks/{number}")
 
-    row = _run({"number": 7}, full)
+    row = _run({"number": 7}, full, tmp_path)
     assert str(_raised("scores", row)).startswith("scores: No space left on device /blocks/7: free space, or use fol")
     other = str(_raised("scores", {**row, "host": "far"}))
     assert other.startswith("scores on node far, which must see what others see: No space left")
     assert isinstance(_raised("x", {**row, "failed": True}), TrainingError)
 
     def hungry(number: int) -> None:
+        if not number:
+            raise MemoryError
         raise torch.OutOfMemoryError(f"tried to allocate {number} GiB\nmore")
 
-    told = _raised("scores", _run({"number": 7}, hungry))
+    told = _raised("scores", _run({"number": 7}, hungry, tmp_path))
     assert isinstance(told, TrainingError)
     assert str(told).startswith("scores: out of memory (tried to allocate 7 GiB): lower selection.block_tokens, sel")
+    assert "out of memory (on the host): lower" in str(_raised("scores", _run({"number": 0}, hungry, tmp_path)))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no zip", b"pickled"])
