@@ -11,6 +11,7 @@ Legend: n = rows, k = features.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,17 +42,36 @@ def prepare(task: Task) -> RowFunction:
 
 def _direction(task: Task, look: Features, number: int) -> NDArray[np.float32]:
     k, folder = task.options.dsdm.features, str(task.pool.folder)
-    share = task.options.dsdm.kernel_rows / task.pool.rows
-    gram, rows = np.zeros((k, k)), 0
+    sampled = Sampled(look, task.options.dsdm.kernel_rows / task.pool.rows, task.seed)
+    blocks = task.sweep(f"gradients of pool by proxy {number}", folder, sampled)
+    gram, rows = second_moment((block["features"] for block in blocks), k)
     means: list[NDArray[np.float64]] = []
-    for block in task.sweep(f"gradients of pool by proxy {number}", folder, Sampled(look, share, task.seed)):
-        gram += block["features"].T @ block["features"]
-        rows += len(block["features"])
     for name, manifest in task.targets.items():
         blocks = list(task.sweep(f"gradients of {name} for proxy {number}", str(manifest.folder), Summed(look)))
         total = np.concatenate([block["features"] for block in blocks]).sum(axis=0)
         means.append(total / np.concatenate([block["counted"] for block in blocks]).sum())
-    return solve(gram / rows, rows, np.mean(means, axis=0), task.options.dsdm.damping, look.folder)
+    return solve(gram, rows, np.mean(means, axis=0), task.options.dsdm.damping, look.folder)
+
+
+def second_moment(parts: Iterable[NDArray[np.float32]], k: int) -> tuple[NDArray[np.float64], int]:
+    """Phi^T Phi / n, (k, k), and n, of features that come in parts of any number of rows."""
+    gram, rows = np.zeros((k, k)), 0
+    for features in _gathered(parts, k):
+        gram += features.T @ features
+        rows += len(features)
+    return gram / rows, rows
+
+
+def _gathered(parts: Iterable[NDArray[np.float32]], least: int) -> Iterator[NDArray[np.float32]]:
+    """The same rows in fewer parts: adding up a product takes k x k however few rows it is of."""
+    waiting: list[NDArray[np.float32]] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= least:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def solve(

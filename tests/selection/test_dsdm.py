@@ -49,6 +49,15 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
         DsdmConfig(**options)
 
 
+@pytest.mark.parametrize("sizes", [[5], [1] * 7, [3, 0, 2, 2], [4, 4, 1]])
+def test_the_second_moment_is_of_all_rows_however_they_come(sizes: list[int]) -> None:
+    features = np.random.default_rng(0).normal(size=(sum(sizes), 4)).astype(np.float32)
+    parts = np.split(features, np.cumsum(sizes)[:-1])
+    moment, rows = dsdm.second_moment(parts, 4)
+    assert rows == len(features)
+    np.testing.assert_allclose(moment, np.einsum("ni,nj->ij", features, features, dtype=np.float64) / rows, rtol=1e-5)
+
+
 def test_direction_by_hand() -> None:
     """(diag(3, 1) + 0.5 * 2)^-1 (8, 6) = (2, 3); of one row's kernel, diag(4, 0), the mean eigenvalue is 4."""
     assert dsdm.solve(np.diag([3.0, 1.0]), 100, np.array([8.0, 6.0]), 0.5).tolist() == [2.0, 3.0]
