@@ -72,7 +72,7 @@ class Fit:
         return {
             **{_PARAMETER + name: p.cpu().numpy() for name, p in model.state_dict().items()},
             "spearman": np.array(spearman(found, expected)),
-            "r2": np.array(1 - np.square(found - expected).sum() / np.square(expected - expected.mean()).sum()),
+            "r2": np.array(explained(found, expected)),
             "judged": np.array(len(judging)),
             "epochs": np.array(epochs),
         }
@@ -166,6 +166,12 @@ def predict(model: DataWeightingModel, ids_nT: Tensor) -> NDArray[np.float64]:
     place = next(model.parameters()).device
     parts = [model(ids_bT.to(place)).double().cpu().numpy() for ids_bT in ids_nT.split(_BATCH)]
     return np.concatenate(parts)
+
+
+def explained(found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    """Part of the variance that is explained, R²; 0 where there is none."""
+    around_mean = float(np.square(expected - expected.mean()).sum())
+    return 1 - float(np.square(found - expected).sum()) / around_mean if around_mean else 0.0
 
 
 def spearman(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:

@@ -11,7 +11,7 @@ from ray_dwm.config import build
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
 from ray_dwm.selecting import MatesConfig
-from ray_dwm.selection.influence import Fit, Influence, spearman, standardised
+from ray_dwm.selection.influence import Fit, Influence, explained, spearman, standardised
 
 VOCAB, T = 64, 24
 
@@ -112,3 +112,12 @@ def test_only_tokens_that_the_lm_sees_count() -> None:
 )
 def test_rank_correlation(left: list[float], right: list[float], expected: float) -> None:
     assert spearman(np.array(left, dtype=float), np.array(right, dtype=float)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [([1, 2, 3], 1.0), ([2, 2, 2], 0.0), ([1, 2, 1], -1.0), ([3, 2, 1], -3.0)],
+)
+def test_explained_variance_by_hand(found: list[float], expected: float) -> None:
+    assert explained(np.array(found), np.array([1.0, 2.0, 3.0])) == pytest.approx(expected)
+    assert explained(np.array(found), np.full(3, 7.0)) == 0.0
