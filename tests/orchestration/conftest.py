@@ -62,9 +62,15 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
         time.sleep(0.05)
 
 
-def processes(title: str) -> list[psutil.Process]:
-    """Ray processes whose title names a class."""
-    return [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
+def _is_gcs(argument: str, port: str) -> bool:
+    return argument.startswith("--gcs-address=") and argument.endswith(f":{port}")
+
+
+def _parent(process: psutil.Process) -> list[str]:
+    """The command line of what has started a process: of a worker, its node's raylet."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.ppid()).cmdline()
+    return []
 
 
 class Console:
@@ -86,6 +92,12 @@ class Console:
                 env=self.environment,
                 cwd=ROOT,
             )
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Processes of its cluster whose title names a class."""
+        found = [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or [])]
+        port = self.environment["RAY_ADDRESS"].rsplit(":", 1)[1]  # the head may be known by another name
+        return [p for p in found if any(_is_gcs(argument, port) for argument in _parent(p))]
 
     def output(self, config: RunConfig) -> str:
         """What the command has printed."""

@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from orchestration.conftest import wait_for
 from synthetic import VOCAB, tiny_config
 
 from ray_dwm.config import BilevelConfig, DwmConfig, RunConfig
@@ -105,13 +106,18 @@ def test_killed_actor_is_remade_from_the_last_state_and_the_feedback_since(remot
     service.restore(learner().state())
     service.submit(feedback(1))
     assert_same(service.fetch(1), expected(1))
-    pid = next(a["pid"] for a in _actors() if a["class_name"] == "DwmService")
+    wait_for(lambda: _pids(actor), 30, "the list of actors, which lags behind,")
+    (pid,) = _pids(actor)
     service.submit(feedback(2))
     os.kill(pid, signal.SIGKILL)
     time.sleep(0.2)
     service.submit(feedback(3))
     assert_same(service.fetch(2), expected(2))
     assert_same(service.fetch(3), expected(3))
+
+
+def _pids(actor: Any) -> list[int]:
+    return [found["pid"] for found in _actors() if found["actor_id"] == actor._actor_id.hex()]
 
 
 def _actors() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from gloo import run
-from orchestration.conftest import Console, processes, wait_for
+from orchestration.conftest import Console, wait_for
 from ray.cluster_utils import Cluster
 from synthetic import tiny_config
 
@@ -54,7 +54,7 @@ def test_a_lost_node_leaves_the_run_to_the_other(shards: dict[str, Path], two_no
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
     wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
-    assert len(processes("ray::RayTrainWorker")) == 2
+    assert len(console.processes("ray::RayTrainWorker")) == 2
     two_nodes.remove_node(two_nodes.list_all_nodes()[-1], allow_graceful=False)
     assert len(path.read_text().splitlines()) < STEPS, "the run was over before its node was lost"
     assert "starting 1 to 2 workers" in console.finish(config, process)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import ROOT, Console, processes, wait_for
+from orchestration.conftest import ROOT, Console, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -83,7 +83,7 @@ def test_a_baseline_runs_without_an_actor(shards: dict[str, Path], console: Cons
     process = console.start(config)
     seen = False
     while process.poll() is None:
-        seen = seen or bool(processes("ray::DwmService"))
+        seen = seen or bool(console.processes("ray::DwmService"))
         time.sleep(0.2)
     output = console.finish(config, process)
     assert not seen and "ESS" in output and "DWM v" not in output
@@ -121,13 +121,13 @@ def test_kill_9_leaves_no_trace(
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
     wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
-    victims = processes(title) if title else [psutil.Process(process.pid)]
+    victims = console.processes(title) if title else [psutil.Process(process.pid)]
     assert victims, f"no process {title}"
     os.kill(victims[0].pid, signal.SIGKILL)
     assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
     if victim == "driver":
         process.wait(30)
-        wait_for(lambda: not processes("ray::RayTrainWorker"), 60, "the end of the orphaned workers")
+        wait_for(lambda: not console.processes("ray::RayTrainWorker"), 60, "the end of the orphaned workers")
         process = console.start(config)
     console.finish(config, process)
     assert figures(config) == figures(undisturbed)
@@ -147,7 +147,7 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
     assert last == f"error: [stopped] stopped at step {step}: checkpoint saved, the same command continues"
     assert step < 60, "the run was over before the signal"
     assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
-    wait_for(lambda: not processes("ray::RayTrainWorker"), 30, "the end of the workers")
+    wait_for(lambda: not console.processes("ray::RayTrainWorker"), 30, "the end of the workers")
     console.finish(config, console.start(config))
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
