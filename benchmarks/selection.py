@@ -87,7 +87,7 @@ def speed(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s of both, turn by turn."""
     settings = PrepareConfig(tokenizer=str(CORPUS / "tokenizer"), seq_len=args.seq_len)
     with contextlib.redirect_stdout(io.StringIO()):
-        for name, text in {"train": args.text, "target": CORPUS / "target"}.items():
+        for name, text in {"train": args.text or CORPUS / "train", "target": CORPUS / "target"}.items():
             prepare(f"prepare.{name}", str(text), folder / name, settings)
     pool, target = folder / "train", folder / "target"
     manifest = load_manifest(pool)
@@ -136,7 +136,7 @@ def main() -> None:
     """Command line."""
     p = parser("Selection: DSIR against the published package, and memory", rounds=3)
     p.add_argument("--tasks", type=int, default=2, help="at the same time, and processes of the package")
-    p.add_argument("--text", type=Path, default=CORPUS / "train", help="of the pool on which both are timed")
+    p.add_argument("--text", default="", help="of the pool on which both are timed; default: the bundled corpus")
     p.add_argument("--gigabytes", type=float, nargs="+", default=[1.25, 2.5, 5], help="sizes of the pools of tokens")
     p.add_argument("--pool-seq-len", type=int, default=1024)
     p.add_argument("--pool-vocab", type=int, default=32000)
