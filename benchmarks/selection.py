@@ -149,12 +149,13 @@ def main() -> None:
             result: dict[str, Any] = {"dsir": speed(folder, args)}
             result["held"] = {}
             for size in args.gigabytes:
-                result["held"][f"{size:g} GB"] = held(folder, size, args)
-                print(f"  {size:g} GB: {result['held'][f'{size:g} GB']}", flush=True)
+                figures = held(folder, size, args)
+                result["held"][f"{size:g} GB"] = figures
+                print(f"  {size:g} GB: {figures}", flush=True)
         finally:
             ray.shutdown()
-    for what, figures in result["dsir"].items():
-        print(f"  {what:<24}{figures}")
+    for what, value in result["dsir"].items():
+        print(f"  {what:<24}{value}")
     print(f"written to {write_result('selection', args, config, result)}")
 
 

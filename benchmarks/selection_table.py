@@ -21,24 +21,23 @@ import ray
 from common import RESULTS, versions, where
 
 from ray_dwm.config import RunConfig, load
-from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.data.records import digest, read_json, write_whole
 from ray_dwm.orchestration.prepare import prepare_sets
 from ray_dwm.orchestration.select import with_selection
 from ray_dwm.orchestration.train import train
 from ray_dwm.selection.record import RECORD
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-PROXY = ["selection.proxy.steps=160", "selection.proxy.lr=3e-3"]
-METHODS: dict[str, list[str]] = {
+METHODS: dict[str, list[str]] = {  # to what the configuration says of each
     "random": [],
     "dsir": [],
     "classifier": [],
-    "perplexity": PROXY,
+    "perplexity": [],
     "curriculum, short first": ["selection.curriculum.criterion=length"],
     "curriculum, like the target first": ["selection.curriculum.criterion=similarity"],
-    "dsdm": [*PROXY, "selection.dsdm.features=1024", "selection.dsdm.kernel_rows=8192"],
-    "doremi": PROXY,
-    "mates": ["selection.mates.stages=4", "selection.mates.probes=256", "selection.mates.probe_targets=16"],
+    "dsdm": [],
+    "doremi": [],
+    "mates": [],
     "dwm": [],
 }
 WEIGHTS = {"alone": "uniform", "+ DWM": "dwm"}
@@ -121,10 +120,14 @@ def main() -> None:
     content = json.loads(args.output.read_text()) if args.output.exists() else {"runs": {}}
     content |= {"benchmark": "selection_table", "device": where(), "versions": versions(), "methods": METHODS}
     content["config"] = CONFIG.read_text()
+    made_of = digest(content["config"])[:12]
     for seed in args.seeds:
         for method in args.methods:
             for weights in WEIGHTS.values():
-                key, of = f"{method}/{weights}/{seed}", {"steps": args.steps, "options": METHODS[method]}
+                key, of = (
+                    f"{method}/{weights}/{seed}",
+                    {"steps": args.steps, "options": METHODS[method], "config": made_of},
+                )
                 if content["runs"].get(key, {}).get("of") != of:  # of other options
                     measured = measure(run_config(args, method, seed, weights))
                     content["runs"][key] = {"of": of, **measured}

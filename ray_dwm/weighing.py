@@ -142,18 +142,8 @@ class BilevelConfig:
     """A warning is printed where the fidelity falls below this; 0 never warns."""
 
     def __post_init__(self) -> None:
-        positive(
-            "bilevel",
-            self,
-            "stage_updates",
-            "max_overhead",
-            "target_batch",
-            "updates",
-            "rank",
-            "reuse",
-            "max_staleness",
-        )
-        positive("bilevel", self, "fidelity_sequences")
+        positive("bilevel", self, "stage_updates", "max_overhead", "target_batch", "updates", "rank", "reuse")
+        positive("bilevel", self, "max_staleness", "fidelity_sequences")
         not_negative("bilevel", self, "every", "stages", "epsilon", "kl", "fidelity_every")
         below_one("bilevel", self, "scale_decay", "min_fidelity")
         require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ray_dwm.errors import DataError
 
@@ -46,6 +50,29 @@ def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
         except OSError:
             pass
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds a lock file; asked with a lock of a moment that leaves nothing."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no such file, or a file system without locks
+    return False
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file that appears, or replaces its forerunner, in one go."""
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, array)
 
 
 def write_whole(path: Path, text: str) -> None:

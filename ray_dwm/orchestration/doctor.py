@@ -92,8 +92,8 @@ class Doctor:
                 self._skip(name, "no configuration was given")
             return
         sound = self._check("data", lambda: doctor_config.check_sets(run))
-        there = sound and doctor_config.data_are_there(run)
-        reason = "the data are not sound" if doctor_config.data_are_there(run) else "there are no data yet"
+        made = doctor_config.data_are_there(run)
+        there, reason = sound and made, "the data are not sound" if made else "there are no data yet"
         if there:
             self._check("checksums", lambda: [doctor_config.check_shards(run)], 5 * _LIMIT_S)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
-from ray_dwm.data.records import LOCK
+from ray_dwm.data.records import LOCK, is_locked
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
@@ -22,7 +21,6 @@ from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.prepare import sets_to_make
 from ray_dwm.orchestration.select import plan_selection
-from ray_dwm.selection.methods import METHODS
 
 MOST_EPOCHS = 4.0
 """Beyond about four passes repeated data is worth little: Muennighoff et al., NeurIPS 2023 (arXiv 2305.16264)."""
@@ -56,11 +54,13 @@ def check_sets(config: RunConfig) -> list[Finding]:
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]
     sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in evaluation_sets(config).items()]
     found = f"{', '.join(sizes)}; one tokenizer"
-    rows, stored = train.rows, read_plan(config, train).stored
+    rows = train.rows
     if config.data.selection != "none" and not config.in_stages:
         selection = plan_selection(config)
-        rows, stored = selection.rows, stored or (config.data.order == "auto" and METHODS[selection.method].ordered)
+        rows = selection.rows
         found += f"; before training, {selection.method} selects {rows} of {train.rows}"
+        train = replace(train, made_by=selection.made_by)
+    stored = read_plan(config, train).stored
     return [Finding("data", "ok", found), check_epochs(config, rows, seq_len(config, train), stored)]
 
 
@@ -105,7 +105,7 @@ def check_run_folder(config: RunConfig, temporary: bool) -> Finding:
     if temporary:
         found = f"{config.run_dir} lies in a Ray job's working folder, which is temporary"
         return Finding("run folder", "warning", found, "storage=/a/shared/folder")
-    if _is_claimed(config):
+    if is_locked(config.run_dir / LOCK):
         remedy = "wait for it, or choose another name=..."
         return Finding("run folder", "failed", f"{config.run_dir} is in use by another process", remedy)
     if read_summary(config) is not None:
@@ -115,18 +115,6 @@ def check_run_folder(config: RunConfig, temporary: bool) -> Finding:
         )
     state = "exists and is continued" if config.run_dir.exists() else "is new"
     return Finding("run folder", "ok", f"{config.run_dir} {state}")
-
-
-def _is_claimed(config: RunConfig) -> bool:
-    """Whether a process trains this run; asked with a lock of a moment that leaves nothing."""
-    try:
-        with (config.run_dir / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # no such file, or a file system without locks
-    return False
 
 
 def disk_needed(config: RunConfig, parameters: int) -> dict[str, int]:

@@ -6,7 +6,6 @@ Xie et al. 2023 (arXiv 2305.10429), Algorithm 1 and section 2 (iterated DoReMi).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from ray_dwm.config import RunConfig, WeightingConfig, to_dict
 from ray_dwm.data.manifest import Manifest
-from ray_dwm.data.records import read_metrics, write_whole
+from ray_dwm.data.records import digest, read_metrics, write_whole
 from ray_dwm.engine.group_dro import initial_weights
 from ray_dwm.errors import ConfigError
 from ray_dwm.group_dro import GroupDroConfig
@@ -40,7 +39,7 @@ class DomainWeights:
     def digest(self) -> str:
         """What they are, or what they are learnt from and how."""
         learnt = None if self.lms is None else [self.lms[1].digest, self.config.selection.doremi.rounds]
-        return hashlib.sha256(json.dumps([self.given, learnt], sort_keys=True).encode()).hexdigest()
+        return digest([self.given, learnt])
 
     def ready(self, pool: Manifest, rows: int, sweep: RaySweep, folder: Path) -> dict[str, float]:
         """Domain -> weight, after training what is not there yet; domain_weights.json in the folder says all of it.

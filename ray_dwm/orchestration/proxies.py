@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, LmConfig, RunConfig, WeightingConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
-from ray_dwm.data.records import locked, read_json
+from ray_dwm.data.records import digest, locked, read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
 from ray_dwm.models.hf import lm_folder
 from ray_dwm.models.lm import lm_shape
@@ -111,11 +110,11 @@ def to_be_trained(
     made_of: dict[str, Any] = {"pool": file_sha256(pool.folder / MANIFEST), "preset": options.preset, "train": kept}
     if weighted_by is not None:
         made_of["weighting"] = dict(weighted_by)
-    digest = hashlib.sha256(json.dumps({**made_of, "seed": seed}, sort_keys=True).encode()).hexdigest()
+    key = digest({**made_of, "seed": seed})
     storage = Path(config.storage).expanduser().absolute() / "proxies"
     run = dataclasses.replace(
         config,
-        name=f"proxy-{digest[:12]}",
+        name=f"proxy-{key[:12]}",
         storage=str(storage),
         seed=seed,
         data=DataConfig(train=str(pool.folder), order="shuffled"),  # a proxy must not see the easy part alone
@@ -127,7 +126,7 @@ def to_be_trained(
         bilevel=BilevelConfig(),
         tracking=dataclasses.replace(config.tracking, wandb="off"),
     )
-    return Proxy(run.run_dir / "hf", digest, run)
+    return Proxy(run.run_dir / "hf", key, run)
 
 
 def ready_proxies(proxies: tuple[Proxy, ...], pool: Manifest, sweep: RaySweep) -> tuple[str, ...]:

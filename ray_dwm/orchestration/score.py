@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
-from ray_dwm.errors import Stopped, UserError
+from ray_dwm.errors import UserError
 from ray_dwm.orchestration.cluster import connect, warn_if_temporary
-from ray_dwm.orchestration.select import cannot_be_written, plan_selection, scored_pool, task_of
+from ray_dwm.orchestration.select import plan_selection, scored_pool, task_of
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.orchestration.work import work_folder
 from ray_dwm.selection.method import Scored, Task
@@ -36,16 +36,11 @@ def score(config: RunConfig, output: Path) -> None:
     data = dataclasses.replace(config.data, selection="dwm")
     selection = plan_selection(dataclasses.replace(config, data=data, selection=options))
     connect(config)
-    try:
-        with work_folder(output, selection.depends_on) as work:
-            _require_new(output)  # another process may have made it meanwhile
-            task = task_of(selection, RaySweep(work, options))
-            scored = scored_pool(selection, task, work)
-            os.replace(work / FILE, output)
-    except KeyboardInterrupt:
-        raise Stopped(f"scores {output} interrupted: the same command continues from its finished blocks") from None
-    except OSError as error:
-        raise cannot_be_written(output, error) from None
+    with work_folder(output, selection.depends_on) as work:
+        _require_new(output)  # another process may have made it meanwhile
+        task = task_of(selection, RaySweep(work, options))
+        scored = scored_pool(selection, task, work)
+        os.replace(work / FILE, output)
     print(table(pool, scored), spread(task), f"scores: {output}", sep="\n", flush=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -14,10 +13,10 @@ from typing import Any
 
 from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
-from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.data.records import digest, read_json, write_whole
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
-from ray_dwm.errors import ConfigError, Stopped, UserError
+from ray_dwm.errors import ConfigError, UserError
 from ray_dwm.orchestration.cluster import connect, warn_if_temporary
 from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
@@ -47,6 +46,12 @@ class Selection:
     def method(self) -> str:
         """Its name."""
         return self.config.data.selection
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What the manifest of its shards says of their origin."""
+        ordered = METHODS[self.method].ordered
+        return {"command": "select", "method": self.method, "ordered": ordered, "pool": self.pool.folder.name}
 
     @property
     def scores_of(self) -> dict[str, Any]:
@@ -115,11 +120,7 @@ def _rows(config: RunConfig, pool: Manifest) -> int:
 
 def _inline(selection: Selection) -> Path:
     storage = Path(selection.config.storage).expanduser().absolute()
-    return storage / "selections" / f"{selection.method}-{_hash(selection.depends_on)[:12]}"
-
-
-def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return storage / "selections" / f"{selection.method}-{digest(selection.depends_on)[:12]}"
 
 
 def _digest(manifest: Manifest) -> str:
@@ -146,27 +147,14 @@ def select(config: RunConfig) -> Path:
     warn_if_temporary("selection.output" if output else "storage", output or config.storage)
     print(record.opening(selection.method, selection.pool, selection.rows, selection.targets), flush=True)
     connect(config)
-    try:
-        with work_folder(folder, selection.depends_on) as work:
-            if folder.exists():  # made by another process in the meantime
-                _require_same(selection)
-                return folder
-            _fill(selection, work)
-            os.rename(work / SHARDS, folder)
-    except KeyboardInterrupt:
-        raise Stopped(f"selection {folder} interrupted: the same command continues from its finished blocks") from None
-    except OSError as error:
-        raise cannot_be_written(folder, error) from None
+    with work_folder(folder, selection.depends_on) as work:
+        if folder.exists():  # made by another process in the meantime
+            _require_same(selection)
+            return folder
+        _fill(selection, work)
+        os.rename(work / SHARDS, folder)
     print(record.table(read_json(folder / record.RECORD)), f"selection: {folder}", sep="\n", flush=True)
     return folder
-
-
-def cannot_be_written(output: Path, error: OSError) -> UserError:
-    """The error of an output for which there is no space or no permission."""
-    return UserError(
-        f"{output} cannot be written ({error.strerror or error}): free space, or choose another "
-        "place; the same command continues"
-    )
 
 
 def with_selection(config: RunConfig) -> RunConfig:
@@ -199,8 +187,7 @@ def _fill(selection: Selection, work: Path) -> None:
     scored = scored_pool(selection, task, work)
     rows = method.choose(task, scored, selection.rows)
     files, domains = write_rows(rows, pool, sweep, work)
-    made_by = {"command": "select", "method": selection.method, "ordered": method.ordered, "pool": pool.folder.name}
-    dataclasses.replace(pool, folder=shards, files=files, domains=domains, made_by=made_by).write()
+    dataclasses.replace(pool, folder=shards, files=files, domains=domains, made_by=selection.made_by).write()
     copy_tokenizer(pool.folder / FOLDER, shards / FOLDER)
     content = {
         "method": selection.method,
@@ -243,16 +230,14 @@ def task_of(selection: Selection, sweep: RaySweep) -> Task:
 
 def scored_pool(selection: Selection, task: Task, work: Path) -> Scored:
     """Scores of the whole pool, from a file or by the method; where they are kept, in the work folder."""
-    options, digest, kept = task.options, _hash(selection.scores_of), work / scores.FILE
+    options, key, kept = task.options, digest(selection.scores_of), work / scores.FILE
     if options.scores:
         given = Path(options.scores).expanduser()
-        scored = scores.read(given, task.pool, digest)
+        scored = scores.read(given, task.pool, key)
         if options.keep_scores:
             shutil.copyfile(given, kept)
     else:
         blocks = score(selection.method, task)
-        scored = scores.gather(
-            scores.kept(kept, blocks, task.pool, digest) if options.keep_scores else blocks, task.pool
-        )
+        scored = scores.gather(scores.kept(kept, blocks, task.pool, key) if options.keep_scores else blocks, task.pool)
     scores.require_usable(scored, selection.method)
     return scored

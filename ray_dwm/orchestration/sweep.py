@@ -17,7 +17,7 @@ import ray
 from numpy.typing import NDArray
 
 from ray_dwm.data.manifest import load_manifest
-from ray_dwm.data.records import replacing
+from ray_dwm.data.records import replacing, save_array
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import DataError, DwmError, ResourceError, TrainingError
 from ray_dwm.orchestration.cluster import alive_nodes, fitting
@@ -51,8 +51,7 @@ class RaySweep:
         size = block or max(1, self.options.block_tokens // manifest.seq_len)
         total = manifest.rows if rows is None else len(rows)
         if rows is not None:
-            with replacing(results / _ROWS) as temporary, temporary.open("wb") as stream:
-                np.save(stream, rows)
+            save_array(results / _ROWS, rows)
         paths = [_path(results, size, number) for number in range(-(-total // size))]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         of: dict[str, Any] = {"folder": folder, "chosen": rows is not None, "results": results, "size": size}

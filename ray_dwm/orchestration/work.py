@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.data.records import LOCK, locked, read_json, write_whole
+from ray_dwm.errors import Stopped, UserError
 
 SHARDS = "shards"
 """In it, what becomes the output."""
@@ -29,7 +30,25 @@ def work_folder(output: Path, depends_on: Mapping[str, Any]) -> Iterator[Path]:
 
     Args:
         depends_on: all that the work depends on.
+
+    Raises:
+        Stopped: the body was interrupted.
+        UserError: there is no space or no permission.
     """
+    try:
+        with _claimed(output, depends_on) as work:
+            yield work
+    except KeyboardInterrupt:
+        raise Stopped(f"{output} interrupted: the same command continues from its finished blocks") from None
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written ({error.strerror or error}): free space, or choose another place; the same "
+            "command continues"
+        ) from None
+
+
+@contextmanager
+def _claimed(output: Path, depends_on: Mapping[str, Any]) -> Iterator[Path]:
     work, content = work_path(output), json.dumps(depends_on)
     work.mkdir(parents=True, exist_ok=True)
     waiting = partial(print, f"another process is at work on {output}: waiting for it", flush=True)

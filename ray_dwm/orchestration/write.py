@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile
-from ray_dwm.data.records import read_json, replacing, write_whole
+from ray_dwm.data.records import read_json, save_array, write_whole
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.orchestration.work import SHARDS
 from ray_dwm.selection.write import ROWS_PER_FILE, shard_name, write_part
@@ -28,8 +28,7 @@ def write_rows(
     rows_file, reports, shards = work / "rows.npy", work / "parts", work / SHARDS
     if not (rows_file.exists() and np.array_equal(np.load(rows_file), rows)):
         shutil.rmtree(reports, ignore_errors=True)
-        with replacing(rows_file) as temporary, temporary.open("wb") as stream:
-            np.save(stream, rows)
+        save_array(rows_file, rows)
     reports.mkdir(exist_ok=True)
     paths = [reports / f"{number:05d}.json" for number in range(-(-len(rows) // ROWS_PER_FILE))]
     missing = [k for k, path in enumerate(paths) if not (path.exists() and (shards / shard_name(k)).exists())]
