@@ -27,6 +27,8 @@ from ray_dwm.orchestration.select import with_selection
 from ray_dwm.orchestration.train import train
 from ray_dwm.selection.record import RECORD
 
+STEPS = 80
+"""Of every run: half the quickstart's, for there are sixty of them."""
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 METHODS: dict[str, list[str]] = {  # to what the configuration says of each
     "random": [],
@@ -104,17 +106,14 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     """Command line."""
-    whole = load([CONFIG]).train.steps
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
-    parser.add_argument(
-        "--steps", type=int, default=whole, help="LM steps; fewer are a quick look, with a result of its own"
-    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="LM steps; another number has a result of its own")
     parser.add_argument("--storage", default="runs/selection-table")
     parser.add_argument("--output", type=Path, help="default: selection_table.json among the results")
     args = parser.parse_args()
-    look = "" if args.steps == whole else f"-{args.steps}-steps"
+    look = "" if args.steps == STEPS else f"-{args.steps}-steps"
     args.output = args.output or RESULTS / f"selection_table{look}.json"
     prepare_sets(load([CONFIG]), missing_only=True)
     content = json.loads(args.output.read_text()) if args.output.exists() else {"runs": {}}

@@ -6,7 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,29 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write a .npy file that appears, or replaces its forerunner, in one go."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write a .npz file that appears, or replaces its forerunner, in one go."""
+    named: dict[str, Any] = dict(arrays)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **named)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The named arrays of a .npz file.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}, a finished block, is damaged ({str(error).splitlines()[0]}): remove it and start the same "
+            "command again"
+        ) from None
 
 
 def write_whole(path: Path, text: str) -> None:

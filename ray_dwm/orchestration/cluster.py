@@ -23,6 +23,8 @@ NAMESPACE = "ray_dwm"
 DRIVER_HEADROOM_CPUS = 1
 """Logical CPUs that Ray Data's read tasks and the controller may use beside workers and actor."""
 _PROBE_TIMEOUT_S = 10.0
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Makes PyTorch ask for huge pages: on a CPU a third of training's time goes into touching small ones anew."""
 
 
 def connect(config: RunConfig) -> None:
@@ -39,7 +41,7 @@ def connect(config: RunConfig) -> None:
     address = os.environ.get("RAY_ADDRESS")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
     # Workers import the package from where the driver did, also when it runs from a source tree.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **_huge_pages()}}
     try:
         if address:
             probe(address)
@@ -134,7 +136,11 @@ def worker_bundle(config: RunConfig) -> dict[str, float]:
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
     """Environment variables of one worker, from its start: without a GPU of its own it must not take its node's."""
-    return {} if config.cluster.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": ""}
+    return {} if config.cluster.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": "", **_huge_pages()}
+
+
+def _huge_pages() -> dict[str, str]:
+    return {_HUGE_PAGES: os.environ.get(_HUGE_PAGES, "1")}
 
 
 def alive_nodes() -> list[dict[str, Any]]:

@@ -224,6 +224,7 @@ def task_of(selection: Selection, sweep: RaySweep) -> Task:
         pool=pool,
         targets=selection.targets,
         sweep=sweep,
+        scratch=str(sweep.work),
         proxies=() if config.selection.scores else ready_proxies(selection.proxies, pool, sweep),
     )
 

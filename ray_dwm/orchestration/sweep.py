@@ -6,7 +6,6 @@ import hashlib
 import shutil
 import socket
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import ray
 from numpy.typing import NDArray
 
 from ray_dwm.data.manifest import load_manifest
-from ray_dwm.data.records import replacing, save_array
+from ray_dwm.data.records import read_arrays, save_array, save_arrays
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import DataError, DwmError, ResourceError, TrainingError
 from ray_dwm.orchestration.cluster import alive_nodes, fitting
@@ -35,7 +34,7 @@ class RaySweep:
 
     def __init__(self, work: Path, options: SelectionConfig, title: str = "") -> None:
         """Results go to `work`; what is told begins with the title."""
-        self._work, self.options, self._title = work, options, title
+        self.work, self.options, self._title = work, options, title
 
     def __call__(
         self, name: str, folder: str, function: RowFunction, rows: NDArray[np.int64] | None = None, block: int = 0
@@ -45,7 +44,7 @@ class RaySweep:
         Raises:
             UserError, TrainingError: what the function raised for a block; the others' results stay.
         """
-        results = self._work / _folder_name(name, folder, rows)
+        results = self.work / _folder_name(name, folder, rows)
         results.mkdir(parents=True, exist_ok=True)
         manifest = load_manifest(folder)
         size = block or max(1, self.options.block_tokens // manifest.seq_len)
@@ -78,7 +77,7 @@ class RaySweep:
         elif ray.cluster_resources().get("GPU"):  # else every task would take its node's first one
             resources["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         _require_room(o)
-        starts = self._work / "starts"
+        starts = self.work / "starts"
         shutil.rmtree(starts, ignore_errors=True)
         starts.mkdir(parents=True, exist_ok=True)
         items = [{"number": number} for number in numbers]
@@ -185,21 +184,4 @@ def _write_block(number: int, *, function: RowFunction, folder: str, chosen: boo
         rows = np.asarray(np.load(results / _ROWS, mmap_mode="r", allow_pickle=False)[part])
     else:
         rows = np.arange(part.start, min(part.stop, reader.manifest.rows))
-    with replacing(_path(results, size, number)) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **function(reader.take(rows)))
-
-
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The named arrays of a block.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path}, a finished block, is damaged ({str(error).splitlines()[0]}): remove it and start the same "
-            "command again"
-        ) from None
+    save_arrays(_path(results, size, number), function(reader.take(rows)))

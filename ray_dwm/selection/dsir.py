@@ -24,9 +24,9 @@ _SMOOTHING = 1e-8
 def prepare(task: Task) -> RowFunction:
     """Bag models of pool and target sets; of several target sets the mean of their models is the target's."""
     options = task.options.dsir
-    pool = _model(task, "pool", str(task.pool.folder))
+    pool = _model(task, "pool", str(task.pool.folder), task.scratch)
     target = np.mean([_model(task, name, str(m.folder)) for name, m in task.targets.items()], axis=0)
-    return LogRatios(str(task.pool.folder), options, log_ratios(target, pool))
+    return LogRatios(str(task.pool.folder), options, log_ratios(target, pool), task.scratch)
 
 
 def log_ratios(target: NDArray[np.float64], pool: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -34,9 +34,9 @@ def log_ratios(target: NDArray[np.float64], pool: NDArray[np.float64]) -> NDArra
     return np.log(target + _SMOOTHING) - np.log(pool + _SMOOTHING)
 
 
-def _model(task: Task, name: str, folder: str) -> NDArray[np.float64]:
+def _model(task: Task, name: str, folder: str, kept: str = "") -> NDArray[np.float64]:
     counts = np.zeros(task.options.dsir.buckets, dtype=np.int64)
-    for block in task.sweep(f"n-grams of {name}", folder, Counts(folder, task.options.dsir)):
+    for block in task.sweep(f"n-grams of {name}", folder, Counts(folder, task.options.dsir, kept)):
         counts += block["counts"]
     if not counts.any():
         raise DataError(f"{folder} has no words to learn from: choose another target set, or features=tokens")
@@ -49,10 +49,11 @@ class Counts:
 
     folder: str
     options: DsirConfig
+    kept: str
 
     def __call__(self, rows: Rows) -> Arrays:
         o = self.options
-        found = ngrams(rows, self.folder, o.features, o.bigrams, o.buckets)
+        found = ngrams(rows, self.folder, o.features, o.bigrams, o.buckets, self.kept)
         return {"counts": np.bincount(found.buckets_k, minlength=o.buckets)}
 
 
@@ -63,8 +64,9 @@ class LogRatios:
     folder: str
     options: DsirConfig
     log_ratios: NDArray[np.float64]
+    kept: str
 
     def __call__(self, rows: Rows) -> Arrays:
         o = self.options
-        found = ngrams(rows, self.folder, o.features, o.bigrams, o.buckets)
+        found = ngrams(rows, self.folder, o.features, o.bigrams, o.buckets, self.kept)
         return {"score": np.bincount(found.rows_k, self.log_ratios[found.buckets_k], minlength=len(rows))}

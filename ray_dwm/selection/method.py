@@ -52,6 +52,8 @@ class Task:
     sweep: Sweep
     notes: dict[str, Any] = field(default_factory=dict)
     """What the method has to say of itself; it is kept in selection.json."""
+    scratch: str = ""
+    """A folder that all processes see, for what would else be made twice; empty: there is none."""
     proxies: tuple[str, ...] = ()
     """Hugging Face folders of the proxy LMs, checked, where the method needs some."""
     domain_weights: Mapping[str, float] | None = None

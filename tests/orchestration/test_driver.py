@@ -18,7 +18,9 @@ from ray_dwm.errors import Stopped, TrainingError
 from ray_dwm.orchestration import fit
 
 
-@pytest.mark.parametrize(("gpus", "environment"), [(0, {"CUDA_VISIBLE_DEVICES": ""}), (1, {}), (0.5, {})])
+@pytest.mark.parametrize(
+    ("gpus", "environment"), [(0, {"CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}), (1, {}), (0.5, {})]
+)
 def test_workers_see_no_gpu_that_they_did_not_ask_for(
     shards: dict[str, Path], tmp_path: Path, gpus: float, environment: dict[str, str]
 ) -> None:

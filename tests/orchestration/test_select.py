@@ -29,7 +29,7 @@ from ray_dwm.data.shards import Rows, ShardReader, open_shards
 from ray_dwm.errors import DataError, ResourceError, Stopped, TrainingError, UserError
 from ray_dwm.orchestration import select as selecting
 from ray_dwm.orchestration.select import plan_selection, select, with_selection
-from ray_dwm.orchestration.sweep import RaySweep, _folder_name, _raised, _run, read_arrays
+from ray_dwm.orchestration.sweep import RaySweep, _folder_name, _raised, _run
 from ray_dwm.orchestration.write import write_rows
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, Task
@@ -303,17 +303,6 @@ def test_errors_of_tasks_name_what_is_done_and_where(tmp_path: Path) -> None:
     assert isinstance(told, TrainingError)
     assert str(told).startswith("scores: out of memory (tried to allocate 7 GiB): lower selection.block_tokens, sel")
     assert "out of memory (on the host): lower" in str(_raised("scores", _run({"number": 0}, hungry, tmp_path)))
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no zip", b"pickled"])
-def test_damaged_blocks_are_one_line(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "5-0.npz"
-    path.write_bytes(content)
-    if content == b"pickled":
-        np.savez(path, x=np.array([object()]))
-    with pytest.raises(DataError, match=r"a finished block, is damaged .*: remove it and start the same") as raised:
-        read_arrays(path)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_run_that_fails_in_a_task_has_failed(shards: dict[str, Path], tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def task(
     seed: int = 0,
     block: int = 50,
     proxies: tuple[Path, ...] = (),
+    scratch: str = "",
     **options: Any,
 ) -> Task:
     """A selection from a pool."""
@@ -47,5 +48,6 @@ def task(
         pool=load_manifest(pool),
         targets={name: load_manifest(folder) for name, folder in targets.items()},
         sweep=partial(sweep, default=block),
+        scratch=scratch,
         proxies=tuple(map(str, proxies)),
     )

@@ -22,8 +22,8 @@ from ray_dwm.selection.scores import gather
 
 
 def bags(*rows: list[int]) -> Bags:
-    places = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    return Bags.of(Ngrams(np.array([b for row in rows for b in row], dtype=np.int64), places), len(rows), 12)
+    found = Ngrams(np.array([b for row in rows for b in row], dtype=np.int64), np.array([[len(row) for row in rows]]))
+    return Bags.of(found, len(rows), 12)
 
 
 def test_bags_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from local import sweep, task
 from texts import planted
 
+from ray_dwm.data.records import read_arrays
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER, Tokenizer
 from ray_dwm.selection import dsir
@@ -73,6 +75,16 @@ def test_planted_documents_are_found(tmp_path: Path, features: str) -> None:
     scored = gather(sweep("", str(pool), Keyed(dsir.prepare(job))), job.pool)
     assert highest(job, scored, 40).tolist() == list(range(0, 80, 2))
     assert np.bincount(scored.domains).tolist() == [80, 40]
+
+
+def test_the_second_pass_takes_the_n_grams_of_the_first(tmp_path: Path) -> None:
+    pool, target = planted(tmp_path)
+    anew = dsir.prepare(task(pool, {"target": target}))
+    kept = dsir.prepare(task(pool, {"target": target}, scratch=str(tmp_path), dsir={"buckets": 10_000}))
+    assert len(files := list(tmp_path.glob("ngrams-*.npz"))) == 3  # of 120 rows, 50 at a time
+    assert read_arrays(files[0])["buckets"].dtype == np.uint16
+    rows = open_shards(str(pool)).take(np.arange(50))
+    assert np.array_equal(replace(kept, folder="of no tokenizer")(rows)["score"], anew(rows)["score"])
 
 
 def test_several_targets_count_the_same(tmp_path: Path) -> None:
