@@ -122,7 +122,7 @@ def watched(title: str = READER) -> Iterator[dict[str, int]]:
             found = {"object_store": store.object_store_bytes_used, "spilled": store.spilled_bytes_total}
             for process in psutil.process_iter():
                 with suppress(psutil.Error, OSError, KeyError):  # it may have ended
-                    if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    if "".join(process.cmdline()[:1]).startswith(title):
                         for key, value in memory(process.pid).items():
                             found[f"reader_{key}"] = max(found.get(f"reader_{key}", 0), value)
             most.update({key: max(most[key], value) for key, value in found.items()})

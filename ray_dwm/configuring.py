@@ -51,9 +51,16 @@ def build(cls: type, values: Mapping[str, Any], path: str = "") -> Any:
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown configuration key {path}{key}: did you mean {path}{near[0]}?")
+            raise ConfigError(f"unknown configuration key {path}{key}: did you mean {path}{_nearest(key, known)}?")
     return cls(**{key: _convert(value, known[key], f"{path}{key}") for key, value in values.items()})
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    """A known key: one that holds this key, whose section was left out, or else the one that looks most like it."""
+    for name, kind in known.items():
+        if dataclasses.is_dataclass(kind) and key in {field.name for field in dataclasses.fields(kind)}:
+            return f"{name}.{key}"
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -83,6 +90,17 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any], path: str, source: str
                 f"{source}: {path}{key} is a section, not a value",
             )
             base[key] = value
+
+
+def _whole(text: str) -> int:
+    """An integer, also one written as 1e9."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():  # not infinite either: that raises OverflowError
+            raise ValueError from None
+        return int(number)
 
 
 def _convert(value: Any, kind: Any, path: str) -> Any:
@@ -115,7 +133,7 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
         require(text.lower() in words, f"{path} is {text!r}: it must be true or false")
         return words[text.lower()]
     try:
-        number = kind(text.replace("_", "")) if kind is int else kind(text)
+        number = _whole(text.replace("_", "")) if kind is int else kind(text)
     except ValueError:
         raise ConfigError(f"{path} is {text!r}: it must be of type {kind.__name__}") from None
     require(

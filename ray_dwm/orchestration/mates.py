@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ray_dwm.engine.setup import seq_len
 from ray_dwm.errors import ConfigError, DataError, Stopped, TrainingError
 from ray_dwm.orchestration.fit import fit, fit_until
 from ray_dwm.orchestration.sweep import RaySweep
+from ray_dwm.orchestration.work import timed
 from ray_dwm.selection import mates
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import RowFunction, Task
@@ -108,7 +108,6 @@ def _choose(config: RunConfig, pool: Manifest, stage: Stage) -> None:
             f"{folder}, which says what stage {stage.number} trains on, is missing, and the newest checkpoint is of "
             f"step {at}, not of the stage's first, {stage.first}: restore it, or remove later checkpoints or the run"
         )
-    started = time.monotonic()
     task = Task(
         options=config.selection,
         seed=int(np.random.SeedSequence((config.seed, stage.number)).generate_state(1, np.uint32)[0]),
@@ -117,8 +116,9 @@ def _choose(config: RunConfig, pool: Manifest, stage: Stage) -> None:
         sweep=RaySweep(work, config.selection, f"[{config.name}] stage {stage.number}: "),
     )
     try:
-        rows, record = _chosen(config, task, stage)
-        record["seconds"] = time.monotonic() - started
+        with timed(work) as seconds:
+            rows, record = _chosen(config, task, stage)
+            record["seconds"] = seconds()
         _write(work / "ready", rows, record)
         os.rename(work / "ready", folder)
     except OSError as error:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ray_dwm.orchestration.cluster import connect, warn_if_temporary
 from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
 from ray_dwm.orchestration.sweep import RaySweep
-from ray_dwm.orchestration.work import SHARDS, work_folder, work_path
+from ray_dwm.orchestration.work import SHARDS, timed, work_folder, work_path
 from ray_dwm.orchestration.write import write_rows
 from ray_dwm.selection import record, scores
 from ray_dwm.selection.method import Scored, Task, applies
@@ -151,7 +151,8 @@ def select(config: RunConfig) -> Path:
         if folder.exists():  # made by another process in the meantime
             _require_same(selection)
             return folder
-        _fill(selection, work)
+        with timed(work) as seconds:
+            _fill(selection, work, seconds)
         os.rename(work / SHARDS, folder)
     print(record.table(read_json(folder / record.RECORD)), f"selection: {folder}", sep="\n", flush=True)
     return folder
@@ -177,8 +178,7 @@ def _require_same(selection: Selection) -> None:
         raise UserError(f"{folder} exists already, without scores: remove it, or choose another output folder")
 
 
-def _fill(selection: Selection, work: Path) -> None:
-    started = time.monotonic()
+def _fill(selection: Selection, work: Path, seconds: Callable[[], float]) -> None:
     config, pool, method = selection.config, selection.pool, METHODS[selection.method]
     sweep, shards = RaySweep(work, config.selection), work / SHARDS
     task = task_of(selection, sweep)
@@ -200,7 +200,7 @@ def _fill(selection: Selection, work: Path) -> None:
         },
         "notes": task.notes,
         **record.describe(pool, scored, rows),
-        "seconds": time.monotonic() - started,
+        "seconds": seconds(),
     }
     write_whole(shards / record.RECORD, json.dumps(content, indent=2) + "\n")
     for left in shards.glob(".*.tmp"):  # by a kill

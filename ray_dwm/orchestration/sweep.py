@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ from ray_dwm.errors import DataError, DwmError, ResourceError, TrainingError
 from ray_dwm.orchestration.cluster import alive_nodes, fitting
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction
+from ray_dwm.selection.told import Told
 
-_TELL_S = 10.0
 _MOST_STARTS = 4
 """Of a unit of work whose process or node dies again and again; Ray Data would try for ever."""
 _HUNGRY = "selection.block_tokens, selection.proxy.batch or selection.tasks"
@@ -87,7 +86,7 @@ class RaySweep:
             compute=ray.data.TaskPoolStrategy(size=min(o.tasks, len(items))),
             **resources,
         )
-        told = _Told(self._title + name, done + len(items), done)
+        told = Told(self._title + name, done + len(items), done)
         for row in mapped.iter_rows():
             if row["error"]:
                 raise _raised(name, row)
@@ -101,29 +100,6 @@ def _require_room(options: SelectionConfig) -> None:
             f"no node of the cluster has {bundle['CPU']:g} CPUs and {bundle['GPU']:g} GPUs for a unit of work: lower "
             "selection.cpus_per_task or selection.gpus_per_task, or add nodes"
         )
-
-
-class _Told:
-    """Says now and then how far it is."""
-
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self._name, self._total, self._start, self._done = name, total, done, done
-        self._began = self._last = time.monotonic()
-        before = f", {done} are there from before" if done else ""
-        if total > 1:
-            print(f"{name}: {total} blocks{before}", flush=True)  # the first one may take minutes
-
-    def one(self) -> None:
-        """One more is done."""
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last < _TELL_S and self._done < self._total:
-            return
-        self._last = now
-        passed = now - self._began
-        left = int(passed / (self._done - self._start) * (self._total - self._done))
-        end = f"{left // 60}:{left % 60:02d} left" if self._done < self._total else f"{passed:.0f} s"
-        print(f"{self._name}: {self._done} of {self._total} blocks, {end}", flush=True)
 
 
 def _run(row: dict[str, Any], function: Callable[[int], object], starts: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,25 @@ def work_folder(output: Path, depends_on: Mapping[str, Any]) -> Iterator[Path]:
             yield work
     except KeyboardInterrupt:
         raise Stopped(f"{output} interrupted: the same command continues from its finished blocks") from None
+    except BrokenPipeError:  # who reads what is printed has gone
+        raise
     except OSError as error:
         raise UserError(
             f"{output} cannot be written ({error.strerror or error}): free space, or choose another place; the same "
             "command continues"
         ) from None
+
+
+@contextmanager
+def timed(work: Path) -> Iterator[Callable[[], float]]:
+    """Seconds that work has taken, with those of earlier attempts that were interrupted (but not killed)."""
+    path = work / "seconds"
+    before, began = float(path.read_text()) if path.exists() else 0.0, time.monotonic()
+    try:
+        yield lambda: before + time.monotonic() - began
+    finally:
+        work.mkdir(parents=True, exist_ok=True)
+        write_whole(path, str(before + time.monotonic() - began))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task
 from ray_dwm.selection.ngrams import Ngrams, ngrams
 from ray_dwm.selection.random import uniform
+from ray_dwm.selection.told import Told
 
 _HELD_OUT = 0.1
 """Part of the examples by which the classifier is judged."""
@@ -162,6 +163,7 @@ def fit(bags: Bags, labels: NDArray[np.float64], weights: NDArray[np.float64], b
     parameters.grad = torch.zeros_like(parameters)
     values, gradient = parameters.numpy(), parameters.grad.numpy()
     penalty = 1.0 / max(1, int((weights > 0).sum()))
+    told = Told("fit of the classifier", _EVALUATIONS, unit="evaluations at most")
 
     def objective() -> float:
         w, bias = values[:-1], values[-1]
@@ -170,6 +172,7 @@ def fit(bags: Bags, labels: NDArray[np.float64], weights: NDArray[np.float64], b
         slopes = weights * (np.exp(-np.logaddexp(0.0, -logits)) - labels)
         gradient[:-1] = bags.combine(slopes, buckets) + penalty * w
         gradient[-1] = slopes.sum()
+        told.one()
         return float(weights @ losses + penalty / 2 * (w @ w))
 
     torch.optim.LBFGS(

@@ -30,6 +30,7 @@ from ray_dwm.models.hf import load_dwm
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task
+from ray_dwm.selection.told import Told
 
 _ROWS = 32
 """Encoded in one pass."""
@@ -131,6 +132,7 @@ def joint_scores(
     """
     n, batch = len(encoded), plan.global_batch
     total, squares = np.zeros(n), np.zeros(n)
+    told = Told("joint scores", rounds * -(-n // batch), unit="batches")
     for epoch in range(rounds):
         for due in range(0, n, batch):
             first = min(due, n - batch)
@@ -140,5 +142,6 @@ def joint_scores(
             centred = (scores - scores.mean())[new]
             total[rows[new]] += centred
             squares[rows[new]] += centred**2
+            told.one()
     variance = (squares - total**2 / rounds) / (rounds - 1)
     return total / rounds, np.sqrt(np.maximum(variance, 0.0))
