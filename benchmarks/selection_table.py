@@ -32,6 +32,7 @@ STEPS = 80
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 METHODS: dict[str, list[str]] = {  # to what the configuration says of each
     "random": [],
+    "dwm": [],  # the DWM of the run on random data
     "dsir": [],
     "classifier": [],
     "perplexity": [],
@@ -40,7 +41,6 @@ METHODS: dict[str, list[str]] = {  # to what the configuration says of each
     "dsdm": [],
     "doremi": [],
     "mates": [],
-    "dwm": [],
 }
 WEIGHTS = {"alone": "uniform", "+ DWM": "dwm"}
 
@@ -55,6 +55,7 @@ def run_config(args: argparse.Namespace, method: str, seed: int, weights: str) -
     options += [f"storage={storage}", f"seed={seed}", f"name={name}-{weights}", f"weighting.method={weights}"]
     options += [f"selection.budget={0 if method == 'mates' else tokens}", "tracking.wandb=off"]
     if method == "dwm":
+        train(with_selection(run_config(args, "random", seed, "dwm")))  # it is there, but on another machine
         options += [f"selection.dwm.folder={newest_dwm(Path(storage) / 'random-dwm')}"]
     return load([CONFIG], [*options, f"train.steps={args.steps}"])
 

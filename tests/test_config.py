@@ -38,9 +38,12 @@ def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_pa
     ("text", "message"),
     [
         ("train:\n  stps: 3\n", r"unknown configuration key train.stps: did you mean train.steps\?"),
+        ("dsir:\n  features: tokens\n", r"unknown configuration key dsir: did you mean selection.dsir\?"),
+        ("global_batch: 8\n", r"unknown configuration key global_batch: did you mean train.global_batch\?"),
         ("train: 3\n", "train is a section"),
         ("train:\n  steps: [1, 2]\n", "it must be a single value"),
         ("train:\n  steps: 3.5\n", "it must be of type int"),
+        ("train:\n  steps: inf\n", "it must be of type int"),
         ("train:\n  precision: fp8\n", "one of fp32, bf16"),
         ("- a\n- b\n", "must hold a mapping"),
         ("train: {\n", "cannot be read"),
@@ -117,3 +120,8 @@ def test_recipes_have_30_billion_tokens_and_both_schedules(size: str) -> None:
     staged = load([ROOT / "configs" / f"{size}.yaml", ROOT / "configs" / "5-stages.yaml"])
     assert staged.bilevel.stages == 5
     assert staged.train == every_n.train
+
+
+@pytest.mark.parametrize(("text", "number"), [("12", 12), ("30_000", 30_000), ("3e4", 30_000), ("1.5e3", 1500)])
+def test_whole_numbers(text: str, number: int) -> None:
+    assert load([], [f"selection.budget={text}"]).selection.budget == number
