@@ -97,11 +97,13 @@ class Bags:
     def dot(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Inner product of every row with (V,), shape (n,)."""
         rows = np.repeat(np.arange(len(self)), self.sizes)
-        return np.bincount(rows, weights=weights[self.buckets] * self.values, minlength=len(self))
+        summed = np.bincount(rows, weights=weights[self.buckets] * self.values, minlength=len(self))
+        return summed.astype(np.float64, copy=False)
 
     def combine(self, factors: NDArray[np.float64], buckets: int) -> NDArray[np.float64]:
         """Sum of all rows times (n,) factors, shape (V,)."""
-        return np.bincount(self.buckets, weights=np.repeat(factors, self.sizes) * self.values, minlength=buckets)
+        summed = np.bincount(self.buckets, weights=np.repeat(factors, self.sizes) * self.values, minlength=buckets)
+        return summed.astype(np.float64, copy=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,8 @@ def prepare(task: Task) -> RowFunction:
 def _direction(task: Task, look: Features, number: int) -> NDArray[np.float32]:
     k, folder = task.options.dsdm.features, str(task.pool.folder)
     sampled = Sampled(look, task.options.dsdm.kernel_rows / task.pool.rows, task.seed)
-    blocks = task.sweep(f"gradients of pool by proxy {number}", folder, sampled)
-    gram, rows = second_moment((block["features"] for block in blocks), k)
+    found = task.sweep(f"gradients of pool by proxy {number}", folder, sampled)
+    gram, rows = second_moment((block["features"] for block in found), k)
     means: list[NDArray[np.float64]] = []
     for name, manifest in task.targets.items():
         blocks = list(task.sweep(f"gradients of {name} for proxy {number}", str(manifest.folder), Summed(look)))
