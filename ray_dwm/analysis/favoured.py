@@ -1,25 +1,25 @@
-"""What a weighting preferred, phase by phase: weights joined back to texts."""
+"""The texts that a weighting favoured most and least, phase by phase."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from ray_dwm.analysis.phases import Batches, Span, inside
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.data.tokenization import FOLDER, Tokenizer
 
 _TEXT_CHARACTERS = 280
-PHASES = ("early", "middle", "late")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Favoured:
     """One sequence and its relative weight (1 is uniform) in a phase."""
 
+    sample_id: int
     weight: float
     domain: str
     loss: float
@@ -27,14 +27,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """The sequences that a third of training favoured most and least."""
+class Extremes:
+    """The sequences that a phase of training favoured most and least."""
 
     name: str
     first_step: int
     last_step: int
-    most: list[Sample]
-    least: list[Sample]
+    most: list[Favoured]
+    least: list[Favoured]
 
 
 class Texts:
@@ -53,31 +53,30 @@ class Texts:
         return " ".join(self._tokenizer.decode(rows.input_ids[0].tolist()).split())[:_TEXT_CHARACTERS]
 
 
-def phases(weights: pa.Table, texts: Texts, count: int = 4) -> list[Phase]:
-    """The extremes of each third of the weighted steps; steps before the first DWM version count as early.
+def extremes(batches: Batches, phases: list[Span], texts: Texts, count: int = 4) -> list[Extremes]:
+    """The extremes of each phase.
 
     Args:
-        weights: rows of weights/*.parquet.
         count: sequences on either side, at most half of them from one domain.
     """
-    steps = weights.column("step").to_numpy()
-    edges = np.linspace(steps.min(), steps.max() + 1, num=len(PHASES) + 1).astype(int)
     result = []
-    for name, first, stop in zip(PHASES, edges[:-1], edges[1:], strict=True):
-        part = weights.filter(pc.and_(pc.greater_equal(weights["step"], first), pc.less(weights["step"], stop)))
-        order = np.argsort(part.column("weight").to_numpy(), kind="stable")
-        ends = [_samples(part, chosen, texts, count) for chosen in (order[::-1], order)]
-        result.append(Phase(name, int(first), int(stop) - 1, *ends))
+    for phase in phases:
+        part = batches.take(inside(batches, phase))
+        order = np.argsort(part.weights_SB, axis=None, kind="stable")
+        ends = [_favoured(part, chosen, texts, count) for chosen in (order[::-1], order)]
+        result.append(Extremes(phase.name, phase.first_step, phase.last_step, *ends))
     return result
 
 
-def _samples(part: pa.Table, order: np.ndarray, texts: Texts, count: int) -> list[Sample]:
-    samples: list[Sample] = []
+def _favoured(part: Batches, order: NDArray[np.int64], texts: Texts, count: int) -> list[Favoured]:
+    found: list[Favoured] = []
     for index in order.tolist():
-        record = part.slice(index, 1).to_pylist()[0]
-        if sum(sample.domain == record["domain"] for sample in samples) >= (count + 1) // 2:
+        place = np.unravel_index(index, part.ids_SB.shape)
+        domain, sample_id = part.names[part.domains_SB[place]], int(part.ids_SB[place])
+        if sum(one.domain == domain for one in found) >= (count + 1) // 2:
             continue
-        samples.append(Sample(record["weight"], record["domain"], record["loss"], texts[record["sample_id"]]))
-        if len(samples) == count:
+        weight, loss = float(part.weights_SB[place]), float(part.losses_SB[place])
+        found.append(Favoured(sample_id, weight, domain, loss, texts[sample_id]))
+        if len(found) == count:
             break
-    return samples
+    return found
