@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ray_dwm.analysis import probe
 from ray_dwm.analysis.favoured import Texts, extremes
 from ray_dwm.analysis.features import FEATURES, Corpus, Count, Reading, measure, total
-from ray_dwm.analysis.phases import Sample, sample, spans, weighted_batches
+from ray_dwm.analysis.phases import Batches, Sample, sample, spans, weighted_batches
 from ray_dwm.analysis.ranks import Floats
 from ray_dwm.analysis.relations import RESAMPLES, Groups, relations
 from ray_dwm.analysis.resampling import LEVEL
@@ -48,6 +48,11 @@ class Asked:
     reference_batch: int = 16
 
 
+def _chance(asked: Asked, *stream: int) -> np.random.Generator:
+    """Numbers of their own for every use."""
+    return np.random.default_rng(np.random.SeedSequence((asked.seed, *stream)))
+
+
 class _Study:
     """One run's analysis."""
 
@@ -60,16 +65,12 @@ class _Study:
         self.left_out: dict[str, str] = {}
         """What could not be measured -> why."""
 
-    def chance(self, *stream: int) -> np.random.Generator:
-        """Numbers of their own for every use."""
-        return np.random.default_rng(np.random.SeedSequence((self.asked.seed, *stream)))
-
     def corpus(self, title: str, manifest: Manifest, *stream: int) -> Corpus:
         """Counts of a set, from all of it or a random part."""
         most = max(1, CORPUS_TOKENS // self.seq_len)
         rows = None
         if manifest.rows > most:
-            rows = np.sort(self.chance(*stream).choice(manifest.rows, size=most, replace=False)).astype(np.int64)
+            rows = np.sort(_chance(self.asked, *stream).choice(manifest.rows, size=most, replace=False))
         return total(self.sweep(f"counting {title}", str(manifest.folder), Count(self.reading), rows))
 
     def features(self, taken: Sample) -> dict[str, Floats]:
@@ -134,7 +135,7 @@ class _Study:
 
     def probed(self, taken: Sample) -> dict[str, Any] | None:
         """Joint effect and rank stability of the DWM's versions on a fixed sample; None where that cannot be."""
-        rng, batch = self.chance(_PROBE), self.run.config.train.global_batch
+        rng, batch = _chance(self.asked, _PROBE), self.run.config.train.global_batch
         try:
             folders = probe.versions(self.run, taken.spans)
             rows = probe.probe_rows(self.pool, batch, rng)
@@ -166,31 +167,37 @@ class _Study:
         }
 
 
+def take_sample(run: Run, asked: Asked) -> tuple[Batches, Sample]:
+    """All weighted batches, and those that are looked at.
+
+    Raises:
+        UserError: no weights that differ, or too few steps for an interval.
+    """
+    batches = weighted_batches(run)
+    phases = spans(run.config, batches.steps_S)
+    return batches, sample(batches, phases, asked.samples, _chance(asked, _SAMPLE), run.name)
+
+
 def preferences(run: Run, asked: Asked, sweep: Sweep) -> dict[str, Any]:
     """The numbers of preferences.json, but for what they depend on.
 
     Raises:
-        UserError: no weights that differ, too few steps for an interval, or data that do not fit the run.
+        UserError: see `take_sample`; or data that do not fit the run.
     """
-    batches = weighted_batches(run)
-    phases = spans(run.config, batches.steps_S)
+    batches, taken = take_sample(run, asked)
     study = _Study(run, asked, sweep)
-    taken = sample(batches, phases, asked.samples, study.chance(_SAMPLE), run.name)
-    features, groups = study.features(taken), study.groups(taken)
-    numbers = relations(taken, features, groups, study.chance(_RESAMPLE))
+    numbers = relations(taken, study.features(taken), study.groups(taken), _chance(asked, _RESAMPLE))
     numbers["probe"] = study.probed(taken)
-    steps = np.bincount(taken.phases_S, minlength=len(phases)).tolist()
-    texts = Texts(run.config.data.train)
-    of_phases = [
-        {**asdict(extreme), "steps": count, "sequences": count * taken.batches.ids_SB.shape[1]}
-        for extreme, count in zip(extremes(batches, phases, texts), steps, strict=True)
-    ]
+    steps = np.bincount(taken.phases_S, minlength=len(taken.spans)).tolist()
+    found = extremes(batches, taken.spans, Texts(run.config.data.train))
+    size = taken.batches.ids_SB.shape[1]
+    counts = [{"steps": count, "sequences": count * size} for count in steps]
     return {
         "run": run.name,
         "weighting": run.label,
         "level": LEVEL,
         "resamples": RESAMPLES,
-        "phases": of_phases,
+        "phases": [{**asdict(one), **count} for one, count in zip(found, counts, strict=True)],
         **numbers,
         "left_out": study.left_out,
     }

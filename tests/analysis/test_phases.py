@@ -37,7 +37,7 @@ def test_steps_of_uniform_weights_are_left_out(tmp_path: Path) -> None:
     plant_weights(found.config, from_step_4)
     assert weighted_batches(found).steps_S.tolist() == list(range(4, STEPS + 1))
     plant_weights(found.config, lambda step, rows: np.zeros(len(rows)))
-    with pytest.raises(UserError, match="all weights in .* are uniform"):
+    with pytest.raises(UserError, match=r"all weights in .* are uniform"):
         weighted_batches(found)
 
 
@@ -49,7 +49,7 @@ def test_damaged_weights_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="8 sequences of step 2 and 5 of step 1"):
         weighted_batches(found)
     pq.write_table(table.drop_columns(["loss"]), file)
-    with pytest.raises(UserError, match="weights is damaged .*loss"):
+    with pytest.raises(UserError, match=r"weights is damaged .*loss"):
         weighted_batches(found)
 
 

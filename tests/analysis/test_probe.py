@@ -98,7 +98,7 @@ def test_a_dwm_that_weighs_all_alike_has_no_ranks() -> None:
 def with_versions(root: Path, steps: list[int], lm_features: bool = False) -> Run:
     """A run whose DWM had a new version at some steps."""
     folder = write_run(root, "d", method="dwm", final=2.0)
-    for number, step in enumerate(steps, start=1):
+    for number in range(1, len(steps) + 1):
         saved(folder / "dwm" / f"v{number}", seed=number, lm_features=lm_features)
     entries = [{"fraction": step / STEPS, "folder": f"v{number}"} for number, step in enumerate(steps, start=1)]
     (folder / "dwm" / "trajectory.json").write_text(json.dumps({"versions": entries}))
@@ -114,7 +114,7 @@ def test_the_version_in_the_middle_of_a_phase_stands_for_it(tmp_path: Path) -> N
 
 
 def test_runs_without_a_dwm_that_could_weigh_say_why(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="weighting.method=loss has no DWM"):
+    with pytest.raises(DataError, match=r"weighting.method=loss has no DWM"):
         versions(open_run(write_run(tmp_path, "l", method="loss", final=2.0)), PHASES)
     with pytest.raises(DataError, match="lm_features"):
         versions(with_versions(tmp_path, [3], lm_features=True), PHASES)

@@ -1,4 +1,4 @@
-"""Planted relations between weights and features are found, in the phases in which they are; none are found in noise."""
+"""Planted relations between weights and features are found in their phases; none are found in noise."""
 
 from __future__ import annotations
 
