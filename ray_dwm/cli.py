@@ -205,7 +205,7 @@ def analyze(
         list[str],
         typer.Argument(
             help="Run folders; the first with uniform weights is the baseline. selection.KEY=VALUE places the work.",
-            metavar="RUN...",
+            metavar="RUN",
         ),
     ],
     output: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),

@@ -35,6 +35,10 @@ def correlations(numbers: Mapping[str, Any]) -> str:
                 axes.axhline(place - 0.5, color="#c4c8cf", linewidth=0.8)
             axes.set_title(title, fontsize=10, color=INK)
             axes.set_xlabel("Spearman's correlation with the weight")
+        for family in dict.fromkeys(f.family for f in features):
+            places = [k for k, f in enumerate(features) if f.family == family]
+            middle, options = sum(places) / len(places), {"color": "#8a8f98", "fontsize": 9}
+            panels[1].text(1.01, middle, family, transform=panels[1].get_yaxis_transform(), va="center", **options)
         panels[0].set_yticks(range(len(features)), [f.title for f in features])
         panels[0].invert_yaxis()
         handles, labels = panels[0].get_legend_handles_labels()

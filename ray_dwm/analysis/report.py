@@ -31,8 +31,10 @@ def write_report(
     runs = [open_run(folder) for folder in folders]
     environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
     content = _content(runs)
-    weighted = [run for run in runs if run.weighted]
-    content["preferences"] = [section(run, (preferences or {}).get(run.folder, "not asked for")) for run in weighted]
+    found = preferences or {}
+    content["preferences"] = [
+        section(run, found.get(run.folder, "it was not asked for")) for run in runs if run.weighted
+    ]
     write_whole(output.absolute(), environment.get_template("report.html").render(**content))
 
 
