@@ -61,12 +61,12 @@ def joint(probe: Mapping[str, Any] | None) -> str:
     if not parts:
         return "The DWM weighed all of the probe alike."
     last = list(parts)[-1]
-    company, batch, total = parts[last]
-    of_all = ", ".join(f"{phase} {_percent(of[0] / of[2])}" for phase, of in parts.items())
+    _, batch, total = parts[last]
+    of_all = ", ".join(f"{_percent(of[0] / of[2])} ({phase})" for phase, of in parts.items())
     return (
-        f"Weighed again in random batches of {probe['batch']}, how a sequence is judged in its company makes up "
-        f"{_percent(company / total)} of the variance of its log weight ({of_all}), the level of the batch "
-        f"{_percent(batch / total)}, and the sequence itself the rest."
+        f"Weighed again in random batches of {probe['batch']}, of the variance of a sequence's log weight {of_all} lie "
+        f"in how it is judged in its company; {last}, {_percent(batch / total)} lie in the level of the batch and the "
+        "rest in the sequence itself."
     )
 
 
