@@ -59,13 +59,13 @@ HostMemory = Annotated[
 ]
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path | None, option: str = "--output") -> None:
     """An output file is refused before the work, not after it."""
     if output is None:
         return
     folder = output.absolute().parent
     if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--output {output} cannot be written: name a file in a folder that exists")
+        raise UserError(f"{option} {output} cannot be written: name a file in a folder that exists")
 
 
 def _load(config: list[Path] | None, overrides: list[str] | None) -> RunConfig:
@@ -227,8 +227,8 @@ def analyze(
     from ray_dwm.orchestration.analyze import Analysis
     from ray_dwm.orchestration.analyze import analyze as run
 
-    for file in (output, numbers):
-        _check_output(file)
+    _check_output(output)
+    _check_output(numbers, "--json")
     folders = [Path(name) for name in runs if "=" not in name or Path(name).exists()]
     if not folders:
         raise UserError("no run folder is named: ray-dwm analyze RUN...")

@@ -81,13 +81,10 @@ def weighted_batches(run: Run) -> Batches:
     """The recorded steps whose weights differ: before its first version a DWM weighs uniformly, and prefers nothing.
 
     Raises:
-        UserError: there are none, or what is recorded is damaged.
+        UserError: what is recorded is damaged.
     """
     batches = _batches(run)
-    found = batches.take(np.flatnonzero(np.ptp(batches.weights_SB, axis=1) > _EQUAL))
-    if not len(found.steps_S):
-        raise UserError(f"all weights in {run.folder / 'weights'} are uniform: nothing was preferred, train longer")
-    return found
+    return batches.take(np.flatnonzero(np.ptp(batches.weights_SB, axis=1) > _EQUAL))
 
 
 def _batches(run: Run) -> Batches:
@@ -119,7 +116,9 @@ def _batches(run: Run) -> Batches:
 
 
 def spans(config: RunConfig, steps_S: NDArray[np.int64]) -> list[Span]:
-    """The stages of a run that learns its DWM in stages, else thirds of the weighted steps."""
+    """The stages of a run that learns its DWM in stages, else thirds of the weighted steps, if there are any."""
+    if not len(steps_S):
+        return []
     plan = schedule(config) if config.learns_dwm else None
     if isinstance(plan, Staged):
         starts = [*map(plan.start, range(plan.stages)), config.train.steps]

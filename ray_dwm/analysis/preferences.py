@@ -24,7 +24,7 @@ from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER
 from ray_dwm.engine.setup import seq_len, target_sets
-from ray_dwm.errors import DataError
+from ray_dwm.errors import DataError, UserError
 from ray_dwm.models.hf import load_dwm
 from ray_dwm.selection.method import Sweep
 
@@ -174,6 +174,8 @@ def take_sample(run: Run, asked: Asked) -> tuple[Batches, Sample]:
         UserError: no weights that differ, or too few steps for an interval.
     """
     batches = weighted_batches(run)
+    if not len(batches.steps_S):
+        raise UserError(f"all weights in {run.folder / 'weights'} are uniform: nothing was preferred, train longer")
     phases = spans(run.config, batches.steps_S)
     return batches, sample(batches, phases, asked.samples, _chance(asked, _SAMPLE), run.name)
 

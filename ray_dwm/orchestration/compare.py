@@ -11,7 +11,7 @@ from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import format_table, verdict
 from ray_dwm.config import RunConfig
-from ray_dwm.errors import ConfigError, UserError
+from ray_dwm.errors import ConfigError, TrainingError, UserError
 from ray_dwm.orchestration.analyze import Analysis, preferences_of
 from ray_dwm.orchestration.train import train
 
@@ -44,6 +44,6 @@ def _preferences(run: Run, report: Path) -> dict[str, Any] | str:
     """What the weighting preferred, without a reference LM, which would cost more than all else; or why not."""
     try:
         return preferences_of(run, Analysis(output=report))
-    except UserError as error:  # as of a short run; the report is there all the same
+    except (UserError, TrainingError) as error:  # as of a short run; the report is there all the same
         print(f"[{run.name}] what it preferred is left out: {error}", flush=True)
         return str(error)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from lms import tiny_lm
@@ -15,6 +16,7 @@ from synthetic_runs import write_run
 from test_preferences import diverse_late, planted
 
 from ray_dwm.analysis.preferences import Asked, preferences
+from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import open_run
 from ray_dwm.cli import main
 from ray_dwm.data.records import read_json
@@ -64,6 +66,10 @@ def uniform(root: Path) -> Path:
     return write_run(root, "u", method="uniform", final=3.0)
 
 
+def unlearnt(root: Path) -> Path:
+    return planted(root, lambda step, rows: np.zeros(len(rows))).folder
+
+
 def short(root: Path) -> Path:
     return write_run(root, "short", method="dwm", final=2.0)
 
@@ -81,10 +87,11 @@ def foreign(root: Path) -> Path:
         (short, {}, "3 weighted steps are recorded of phase early (steps 1 to 3), an interval needs 10"),
         (short, {"overrides": ("train.steps=3",)}, "only selection.* can be set"),
         (short, {"reference": "nowhere"}, "--reference: nowhere is neither a finished run folder nor"),
+        (unlearnt, {}, "are uniform: nothing was preferred"),
         (foreign, {}, "the shards of train are not those that"),
         (uniform, {"numbers": "n.json"}, "name a run with weights"),
     ],
-    ids=["short", "override", "reference", "shards", "uniform"],
+    ids=["short", "override", "reference", "unlearnt", "shards", "uniform"],
 )
 def test_what_cannot_be_measured_is_told_before_anything_starts(
     tmp_path: Path, make: Any, options: dict[str, Any], message: str
@@ -102,6 +109,8 @@ def test_a_report_without_preferences_of_a_short_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, report = short(tmp_path), tmp_path / "report.html"
+    write_report([unlearnt(tmp_path / "unlearnt")], report)
+    assert "Early training" not in report.read_text()
     for arguments, code in ((["--no-preferences"], 0), ([], 2), (["selection.tasks=1"], 2), (["no=folder"], 2)):
         monkeypatch.setattr("sys.argv", ["ray-dwm", "analyze", str(run), "--output", str(report), *arguments])
         try:
