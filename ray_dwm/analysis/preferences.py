@@ -28,6 +28,7 @@ from ray_dwm.errors import DataError, UserError
 from ray_dwm.models.hf import load_dwm
 from ray_dwm.selection.method import Sweep
 
+SAMPLES = 6144
 CORPUS_TOKENS = 2**21
 """Of the pool, and of each target set, from which their tokens, n-grams and centroids are counted."""
 _BLOCK_TOKENS = 2**18
@@ -40,7 +41,7 @@ _SAMPLE, _POOL, _TARGET, _PROBE, _RESAMPLE = range(5)
 class Asked:
     """What is asked for."""
 
-    samples: int = 6144
+    samples: int = SAMPLES
     """Sequences of the run that are looked at, at most."""
     seed: int = 0
     reference: str = ""

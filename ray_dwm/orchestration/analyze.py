@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ray_dwm.analysis.preferences import Asked, preferences, take_sample
+from ray_dwm.analysis.preferences import SAMPLES, Asked, preferences, take_sample
 from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.config import RunConfig, load
@@ -32,7 +32,7 @@ class Analysis:
     """What is asked of `analyze`."""
 
     output: Path
-    samples: int = Asked.samples
+    samples: int = SAMPLES
     seed: int = 0
     reference: str = ""
     """A run folder or Hugging Face folder, or `none`; empty: the run with uniform weights on the same data, if any."""
