@@ -59,13 +59,13 @@ HostMemory = Annotated[
 ]
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path | None, option: str = "--output") -> None:
     """An output file is refused before the work, not after it."""
     if output is None:
         return
     folder = output.absolute().parent
     if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--output {output} cannot be written: name a file in a folder that exists")
+        raise UserError(f"{option} {output} cannot be written: name a file in a folder that exists")
 
 
 def _load(config: list[Path] | None, overrides: list[str] | None) -> RunConfig:
@@ -201,14 +201,47 @@ def export(
 
 @app.command()
 def analyze(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first with uniform weights is the baseline.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Run folders; the first with uniform weights is the baseline. selection.KEY=VALUE places the work.",
+            metavar="RUN",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
+    preferences: Annotated[
+        bool, typer.Option(help="Measure what the weights relate to, and when; docs/analysis.md.")
+    ] = True,
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="Run folder or Hugging Face folder of the LM whose perplexity is looked at, or none. Default: the run "
+            "with uniform weights on the same data."
+        ),
+    ] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of each run that are looked at, at most.")] = 6144,
+    seed: Annotated[int, typer.Option(min=0, help="Of all samples and resamples.")] = 0,
+    numbers: Annotated[Path | None, typer.Option("--json", help="Also write what was measured as JSON.")] = None,
 ) -> None:
-    """Write report.html: losses, weights per domain over time, favoured texts, overhead."""
-    from ray_dwm.analysis.report import write_report
+    """Write report.html: losses, what was preferred and when, favoured texts, overhead."""
+    from ray_dwm.orchestration.analyze import Analysis
+    from ray_dwm.orchestration.analyze import analyze as run
 
     _check_output(output)
-    write_report(runs, output)
+    _check_output(numbers, "--json")
+    folders = [Path(name) for name in runs if "=" not in name or Path(name).exists()]
+    if not folders:
+        raise UserError("no run folder is named: ray-dwm analyze RUN...")
+    asked = Analysis(
+        output=output,
+        samples=samples,
+        seed=seed,
+        reference=reference,
+        preferences=preferences,
+        numbers=numbers,
+        overrides=tuple(name for name in runs if Path(name) not in folders),
+    )
+    run(folders, asked)
     typer.echo(f"report: {output}")
 
 

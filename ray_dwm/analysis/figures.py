@@ -45,15 +45,15 @@ _STYLE = {
 
 
 @contextmanager
-def _figure(width: float = 5.6, height: float = 3.2) -> Iterator[tuple[Figure, Any, list[str]]]:
-    """A figure whose SVG text is appended to the list when the body is done."""
+def figure(width: float = 5.6, height: float = 3.2, **panels: Any) -> Iterator[tuple[Figure, Any, list[str]]]:
+    """A figure, or several panels as `plt.subplots` has them, whose SVG text is in the list when the body is done."""
     out: list[str] = []
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-        yield figure, axes, out
+        drawn, axes = plt.subplots(figsize=(width, height), layout="constrained", **panels)
+        yield drawn, axes, out
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
+        drawn.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(drawn)
         out.append(_own_ids(stream.getvalue()[stream.getvalue().index("<svg") :]))
 
 
@@ -69,7 +69,7 @@ def _colour(run: Run) -> str:
 
 def losses(runs: list[Run], key: str, over: str) -> str:
     """A loss of all runs against tokens or wall-clock."""
-    with _figure() as (_, axes, out):
+    with figure() as (_, axes, out):
         for run in runs:
             x, y = run.series(key, over)
             if not x:
@@ -90,7 +90,7 @@ def _smooth(values: list[float], width: int) -> np.ndarray:
 
 def domain_weights(run: Run) -> str:
     """Mean relative weight of every domain over training, smoothed over steps."""
-    with _figure(8.6, 3.8) as (_, axes, out):
+    with figure(8.6, 3.8) as (_, axes, out):
         for index, key in enumerate(run.keys("weight/")):
             x, y = run.series(key)
             name = key.removeprefix("weight/")
@@ -105,7 +105,7 @@ def domain_weights(run: Run) -> str:
 
 def effective_size(run: Run) -> str:
     """ESS as a share of the global batch, and the weights' entropy over log B."""
-    with _figure() as (_, axes, out):
+    with figure() as (_, axes, out):
         x, ess = run.series("dwm/ess")
         _, entropy = run.series("dwm/entropy")
         millions = np.array(x) / 1e6
@@ -119,7 +119,7 @@ def effective_size(run: Run) -> str:
 
 def hypergradient(run: Run) -> str:
     """Norm of dJ/dphi over training."""
-    with _figure() as (_, axes, out):
+    with figure() as (_, axes, out):
         x, y = run.series("dwm/hypergrad_norm")
         points = [(a / 1e6, b) for a, b in zip(x, y, strict=True) if b > 0]
         axes.plot([a for a, _ in points], [b for _, b in points], color=DWM)
@@ -131,7 +131,7 @@ def hypergradient(run: Run) -> str:
 
 def fidelity(run: Run) -> str:
     """Cosine of the alignments with a better estimator's, wherever it was measured."""
-    with _figure() as (_, axes, out):
+    with figure() as (_, axes, out):
         x, y = run.series("dwm/fidelity")
         axes.plot(np.array(x) / 1e6, y, color=DWM, marker="o", markersize=4)
         axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
@@ -143,7 +143,7 @@ def fidelity(run: Run) -> str:
 
 def predicted_change(run: Run) -> str:
     """Change of the target loss by weights moved along the alignments: as these predict it, and as it was."""
-    with _figure() as (_, axes, out):
+    with figure() as (_, axes, out):
         for key, colour, label in (
             ("bilevel/realised_change", UNIFORM, "realised"),
             ("bilevel/predicted_change", DWM, "predicted"),
@@ -160,7 +160,7 @@ def predicted_change(run: Run) -> str:
 def overhead(run: Run) -> str:
     """Where the weighted run's time went."""
     seconds = run.summary["seconds"]
-    with _figure(8.6, 1.5) as (_, axes, out):
+    with figure(8.6, 1.5) as (_, axes, out):
         left, total = 0.0, sum(seconds.values())
         for name, colour in _PHASES.items():
             axes.barh([0], [seconds[name]], left=[left], color=colour, label=f"{name} {seconds[name] / total:.1%}")

@@ -1,83 +1,206 @@
-"""What a weighting preferred, phase by phase: weights joined back to texts."""
+"""What a weighting preferred, and when: from a run folder and its shards to the numbers of preferences.json.
+
+Nothing here knows Ray: what is done with many rows goes through a sweep (selection/method.py).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from ray_dwm.data.manifest import load_manifest
-from ray_dwm.data.shards import ShardReader
-from ray_dwm.data.tokenization import FOLDER, Tokenizer
+from ray_dwm.analysis import probe
+from ray_dwm.analysis.favoured import Texts, extremes
+from ray_dwm.analysis.features import FEATURES, Corpus, Count, Reading, measure, total
+from ray_dwm.analysis.phases import Batches, Sample, sample, spans, weighted_batches
+from ray_dwm.analysis.ranks import Floats
+from ray_dwm.analysis.relations import RESAMPLES, Groups, relations
+from ray_dwm.analysis.resampling import LEVEL
+from ray_dwm.analysis.runs import Run
+from ray_dwm.data.manifest import Manifest, load_manifest
+from ray_dwm.data.shards import open_shards
+from ray_dwm.data.tokenization import FOLDER
+from ray_dwm.engine.setup import seq_len, target_sets
+from ray_dwm.errors import DataError, UserError
+from ray_dwm.models.hf import load_dwm
+from ray_dwm.selection.method import Sweep
 
-_TEXT_CHARACTERS = 280
-PHASES = ("early", "middle", "late")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sequence and its relative weight (1 is uniform) in a phase."""
-
-    weight: float
-    domain: str
-    loss: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """The sequences that a third of training favoured most and least."""
-
-    name: str
-    first_step: int
-    last_step: int
-    most: list[Sample]
-    least: list[Sample]
+SAMPLES = 6144
+CORPUS_TOKENS = 2**21
+"""Of the pool, and of each target set, from which their tokens, n-grams and centroids are counted."""
+_BLOCK_TOKENS = 2**18
+"""That are measured in one unit of work."""
+_SAMPLE, _POOL, _TARGET, _PROBE, _RESAMPLE = range(5)
+"""Streams of chance."""
 
 
-class Texts:
-    """Looks up the beginning of a sequence's text by its sample id."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What is asked for."""
 
-    def __init__(self, shards: str) -> None:
-        self._reader = ShardReader(load_manifest(shards))
-        self._ids = self._reader.sample_ids()
-        folder = self._reader.manifest.folder / FOLDER
-        self._tokenizer = Tokenizer(folder) if folder.is_dir() else None
-
-    def __getitem__(self, sample_id: int) -> str:
-        if self._tokenizer is None:
-            return "(the shards hold no tokenizer)"
-        rows = self._reader.take(np.flatnonzero(self._ids == sample_id)[:1])
-        return " ".join(self._tokenizer.decode(rows.input_ids[0].tolist()).split())[:_TEXT_CHARACTERS]
+    samples: int = SAMPLES
+    """Sequences of the run that are looked at, at most."""
+    seed: int = 0
+    reference: str = ""
+    """Hugging Face folder of the LM whose perplexity is a measure of difficulty; empty: none."""
+    reference_batch: int = 16
 
 
-def phases(weights: pa.Table, texts: Texts, count: int = 4) -> list[Phase]:
-    """The extremes of each third of the weighted steps; steps before the first DWM version count as early.
+def _chance(asked: Asked, *stream: int) -> np.random.Generator:
+    """Numbers of their own for every use."""
+    return np.random.default_rng(np.random.SeedSequence((asked.seed, *stream)))
 
-    Args:
-        weights: rows of weights/*.parquet.
-        count: sequences on either side, at most half of them from one domain.
+
+class _Study:
+    """One run's analysis."""
+
+    def __init__(self, run: Run, asked: Asked, sweep: Sweep) -> None:
+        self.run, self.asked, self.sweep = run, asked, sweep
+        self.pool = load_manifest(run.config.data.train)
+        self.seq_len = seq_len(run.config, self.pool)
+        text = (self.pool.folder / FOLDER).is_dir()
+        self.reading = Reading(str(self.pool.folder), self.seq_len, self.pool.vocab_size, text)
+        self.left_out: dict[str, str] = {}
+        """What could not be measured -> why."""
+
+    def corpus(self, title: str, manifest: Manifest, *stream: int) -> Corpus:
+        """Counts of a set, from all of it or a random part."""
+        most = max(1, CORPUS_TOKENS // self.seq_len)
+        rows = None
+        if manifest.rows > most:
+            rows = np.sort(_chance(self.asked, *stream).choice(manifest.rows, size=most, replace=False))
+        return total(self.sweep(f"counting {title}", str(manifest.folder), Count(self.reading), rows))
+
+    def features(self, taken: Sample) -> dict[str, Floats]:
+        """Name -> values of the sampled sequences, (S, r); what cannot be measured is named in `left_out`."""
+        shape = taken.batches.ids_SB.shape
+        targets = {name: load_manifest(folder) for name, folder in target_sets(self.run.config).items()}
+        measuring = measure(
+            self.reading,
+            self.corpus("the training set", self.pool, _POOL),
+            [self.corpus(f"set {name}", m, _TARGET, k) for k, (name, m) in enumerate(targets.items())],
+            eos_token_id=self.pool.eos_token_id,
+            batch=shape[1],
+            reference=self.asked.reference,
+            size=self.asked.reference_batch,
+        )
+        rows = self.rows_of(taken.batches.ids_SB.ravel())
+        block = shape[1] * max(1, _BLOCK_TOKENS // (shape[1] * self.seq_len))
+        blocks = list(self.sweep("measuring sequences", str(self.pool.folder), measuring, rows, block))
+        found = {name: np.concatenate([b[name] for b in blocks]).reshape(shape) for name in blocks[0]}
+        found["loss"] = taken.batches.losses_SB
+        self._say_what_is_missing(found)
+        return {feature.name: found[feature.name] for feature in FEATURES if feature.name in found}
+
+    def _say_what_is_missing(self, found: Mapping[str, Floats]) -> None:
+        no_text, no_target = "the shards hold no tokenizer", "the run has no target set"
+        reasons = {"compression_ratio": no_text, "bytes_per_token": no_text, "dsir": no_target}
+        reasons |= {"target_cosine": no_target, "reference_perplexity": "no reference LM was named (--reference)"}
+        self.left_out |= {name: reason for name, reason in reasons.items() if name not in found}
+        if not np.isfinite(found.get("reference_perplexity", np.zeros(1))).all():
+            raise DataError(f"the reference LM {self.asked.reference} has diverged: name another (--reference)")
+
+    def rows_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the pool by sample id."""
+        known = open_shards(str(self.pool.folder)).sample_ids()
+        order = np.argsort(known)
+        places = np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)
+        rows = order[places]
+        if (known[rows] != ids).any():
+            lost = int(ids[known[rows] != ids][0])
+            raise DataError(
+                f"{self.pool.folder} has no sample {lost}, which {self.run.folder} has weighed: restore the shards "
+                "that the run was made with"
+            )
+        return rows
+
+    def groups(self, taken: Sample) -> dict[str, Groups]:
+        """Domains, and the input files where they are not the domains by another name."""
+        batches = taken.batches
+        groups = {"domain": Groups(batches.domains_SB, batches.names)}
+        numbers, codes = np.unique(batches.ids_SB >> 32, return_inverse=True)
+        codes = codes.reshape(batches.ids_SB.shape)
+        pairs = len(np.unique(codes * len(batches.names) + batches.domains_SB))
+        if pairs == len(np.unique(batches.domains_SB)) == len(numbers):
+            self.left_out["source"] = "every domain comes from one file of its own"
+        elif len(numbers) == 1:
+            self.left_out["source"] = "all sequences come from one file"
+        else:
+            files = self.pool.made_by.get("sources", [])
+            names = [files[k] if k < len(files) else f"file {k}" for k in numbers.tolist()]
+            groups["source"] = Groups(codes, tuple(names))
+        return groups
+
+    def probed(self, taken: Sample) -> dict[str, Any] | None:
+        """Joint effect and rank stability of the DWM's versions on a fixed sample; None where that cannot be."""
+        rng, batch = _chance(self.asked, _PROBE), self.run.config.train.global_batch
+        try:
+            folders = probe.versions(self.run, taken.spans)
+            rows = probe.probe_rows(self.pool, batch, rng)
+        except DataError as error:
+            self.left_out["probe"] = str(error)
+            return None
+        names = tuple(dict.fromkeys(str(folder) for folder in folders))
+        encode = probe.EncodedByAll(names, self.seq_len)
+        blocks = list(self.sweep("encoding the probe", str(self.pool.folder), encode, rows))
+        draws = probe.draws(len(rows), batch, probe.ROUNDS, rng)
+        of = {
+            name: probe.log_weights(
+                load_dwm(folder)[0].eval(),
+                np.concatenate([block[str(names.index(name))] for block in blocks]),
+                draws,
+                self.run.config.dwm,
+            )
+            for name, folder in {str(folder): folder for folder in folders}.items()
+        }
+        found = [of[str(folder)] for folder in folders]
+        joints = [probe.joint(log_weights_nR, draws) for log_weights_nR in found]
+        return {
+            "sequences": len(rows),
+            "batch": batch,
+            "draws": probe.ROUNDS,
+            "versions": {span.name: folder.name for span, folder in zip(taken.spans, folders, strict=True)},
+            "joint": {span.name: asdict(joint) for span, joint in zip(taken.spans, joints, strict=True)},
+            "stability": probe.stability(np.stack(found), RESAMPLES, rng).plain(),
+        }
+
+
+def take_sample(run: Run, asked: Asked) -> tuple[Batches, Sample]:
+    """All weighted batches, and those that are looked at.
+
+    Raises:
+        UserError: no weights that differ, or too few steps for an interval.
     """
-    steps = weights.column("step").to_numpy()
-    edges = np.linspace(steps.min(), steps.max() + 1, num=len(PHASES) + 1).astype(int)
-    result = []
-    for name, first, stop in zip(PHASES, edges[:-1], edges[1:], strict=True):
-        part = weights.filter(pc.and_(pc.greater_equal(weights["step"], first), pc.less(weights["step"], stop)))
-        order = np.argsort(part.column("weight").to_numpy(), kind="stable")
-        ends = [_samples(part, chosen, texts, count) for chosen in (order[::-1], order)]
-        result.append(Phase(name, int(first), int(stop) - 1, *ends))
-    return result
+    batches = weighted_batches(run)
+    if not len(batches.steps_S):
+        raise UserError(f"all weights in {run.folder / 'weights'} are uniform: nothing was preferred, train longer")
+    phases = spans(run.config, batches.steps_S)
+    return batches, sample(batches, phases, asked.samples, _chance(asked, _SAMPLE), run.name)
 
 
-def _samples(part: pa.Table, order: np.ndarray, texts: Texts, count: int) -> list[Sample]:
-    samples: list[Sample] = []
-    for index in order.tolist():
-        record = part.slice(index, 1).to_pylist()[0]
-        if sum(sample.domain == record["domain"] for sample in samples) >= (count + 1) // 2:
-            continue
-        samples.append(Sample(record["weight"], record["domain"], record["loss"], texts[record["sample_id"]]))
-        if len(samples) == count:
-            break
-    return samples
+def preferences(run: Run, asked: Asked, sweep: Sweep) -> dict[str, Any]:
+    """The numbers of preferences.json, but for what they depend on.
+
+    Raises:
+        UserError: see `take_sample`; or data that do not fit the run.
+    """
+    batches, taken = take_sample(run, asked)
+    study = _Study(run, asked, sweep)
+    numbers = relations(taken, study.features(taken), study.groups(taken), _chance(asked, _RESAMPLE))
+    numbers["probe"] = study.probed(taken)
+    steps = np.bincount(taken.phases_S, minlength=len(taken.spans)).tolist()
+    found = extremes(batches, taken.spans, Texts(run.config.data.train))
+    size = taken.batches.ids_SB.shape[1]
+    counts = [{"steps": count, "sequences": count * size} for count in steps]
+    return {
+        "run": run.name,
+        "weighting": run.label,
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "phases": [{**asdict(one), **count} for one, count in zip(found, counts, strict=True)],
+        **numbers,
+        "left_out": study.left_out,
+    }

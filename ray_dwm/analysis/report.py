@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,32 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from ray_dwm.analysis import figures
-from ray_dwm.analysis.preferences import Texts, phases
+from ray_dwm.analysis.preference_section import section
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import differences, verdict
 from ray_dwm.config import BilevelConfig, to_yaml
 from ray_dwm.data.records import write_whole
 
 
-def write_report(folders: list[Path], output: Path) -> None:
+def write_report(
+    folders: list[Path], output: Path, preferences: Mapping[Path, dict[str, Any] | str] | None = None
+) -> None:
     """Write the report of one or more runs; the first with uniform weights is the baseline.
+
+    Args:
+        preferences: run folder -> the numbers of its preferences.json, or why there are none.
 
     Raises:
         UserError: no run folders, or damaged ones.
     """
     runs = [open_run(folder) for folder in folders]
     environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
-    write_whole(output.absolute(), environment.get_template("report.html").render(**_content(runs)))
+    content = _content(runs)
+    found = preferences or {}
+    content["preferences"] = [
+        section(run, found.get(run.folder, "it was not asked for")) for run in runs if run.weighted
+    ]
+    write_whole(output.absolute(), environment.get_template("report.html").render(**content))
 
 
 def _content(runs: list[Run]) -> dict[str, Any]:
@@ -75,7 +86,6 @@ def _weighted(run: Run) -> dict[str, Any]:
         "hypergradient": figures.hypergradient(run) if learnt else None,
         "overhead": figures.overhead(run),
         "overhead_frac": run.summary["overhead_frac"],
-        "phases": phases(run.weights(), Texts(config.data.train)),
         "fidelity": figures.fidelity(run) if checked else None,
         "predicted": figures.predicted_change(run) if checked else None,
         "visits": _visits(config.bilevel),

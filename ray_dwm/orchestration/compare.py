@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
+from typing import Any
 
 from ray_dwm.analysis.report import write_report
-from ray_dwm.analysis.runs import open_run
+from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import format_table, verdict
 from ray_dwm.config import RunConfig
-from ray_dwm.errors import ConfigError
+from ray_dwm.errors import ConfigError, TrainingError, UserError
+from ray_dwm.orchestration.analyze import Analysis, preferences_of
 from ray_dwm.orchestration.train import train
 
 
@@ -32,6 +35,15 @@ def compare(config: RunConfig) -> str:
         train(run_config)
         runs.append(open_run(run_config.run_dir))
     report = runs[1].folder / "report.html"
-    write_report([run.folder for run in runs], report)
+    write_report([run.folder for run in runs], report, {runs[1].folder: _preferences(runs[1], report)})
     minutes = (time.monotonic() - started) / 60
     return f"\n{format_table(verdict(*runs), runs[1].label)}\n\nreport: {report}  ({minutes:.1f} minutes)"
+
+
+def _preferences(run: Run, report: Path) -> dict[str, Any] | str:
+    """What the weighting preferred, without a reference LM, which would cost more than all else; or why not."""
+    try:
+        return preferences_of(run, Analysis(output=report))
+    except (UserError, TrainingError) as error:  # as of a short run; the report is there all the same
+        print(f"[{run.name}] what it preferred is left out: {error}", flush=True)
+        return str(error)

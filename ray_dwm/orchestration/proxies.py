@@ -50,7 +50,7 @@ def plan_proxies(config: RunConfig, pool: Manifest, check: Callable[[Path], obje
     """
     options = config.selection.proxy
     if options.folders:
-        named = tuple(_named(Path(folder).expanduser().absolute(), pool) for folder in options.folders)
+        named = tuple(named_lm(Path(folder), pool) for folder in options.folders)
         for proxy in named:
             check(proxy.folder)
         return named
@@ -58,19 +58,24 @@ def plan_proxies(config: RunConfig, pool: Manifest, check: Callable[[Path], obje
     return tuple(to_be_trained(config, pool, config.seed + number) for number in range(options.count))
 
 
-def _named(given: Path, pool: Manifest) -> Proxy:
-    folder = lm_folder(given)
+def named_lm(given: Path, pool: Manifest, option: str = "selection.proxy.folders") -> Proxy:
+    """An LM that is there already, checked against the pool that it is to look at.
+
+    Raises:
+        UserError: it is no LM, or of another tokenizer, or too small for the pool; naming the option.
+    """
+    folder = lm_folder(given.expanduser().absolute())
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise UserError(
-            f"selection.proxy.folders: {given} is neither a finished run folder nor a Hugging Face folder with "
-            "safetensors: name one of these"
+            f"{option}: {given} is neither a finished run folder nor a Hugging Face folder with safetensors: name one "
+            "of these"
         )
     shape, tokenizer = read_json(folder / "config.json"), folder / "tokenizer.json"
     if tokenizer.is_file() and file_sha256(tokenizer) != pool.tokenizer_sha256:
         raise DataError(
             f"proxy LM {folder} has another tokenizer than the pool {pool.folder}, which was made with "
-            f"{pool.tokenizer_name}: name a proxy of that tokenizer, or leave selection.proxy.folders empty"
+            f"{pool.tokenizer_name}: name one of that tokenizer, or leave {option} empty"
         )
     for key, needed, what in (
         ("vocab_size", pool.vocab_size, "token ids"),
@@ -78,8 +83,8 @@ def _named(given: Path, pool: Manifest) -> Proxy:
     ):
         if shape.get(key, needed) < needed:
             raise DataError(
-                f"proxy LM {folder} has {key} = {shape[key]}, the pool {pool.folder} has {needed} {what}: name a proxy "
-                "that was trained on such data, or leave selection.proxy.folders empty"
+                f"proxy LM {folder} has {key} = {shape[key]}, the pool {pool.folder} has {needed} {what}: name one "
+                f"that was trained on such data, or leave {option} empty"
             )
     digests = [file_sha256(path) for path in [folder / "config.json", *weights]]
     return Proxy(folder, hashlib.sha256("".join(digests).encode()).hexdigest(), None)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from synthetic import make_shards, tiny_config
 
 from ray_dwm.config import RunConfig, to_yaml
+from ray_dwm.data.manifest import load_manifest
+from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.engine.metrics import WeightsWriter
 
 STEPS, BATCH, TOKENS = 10, 8, 128
 
 
-def write_run(root: Path, name: str, *, method: str, final: float) -> Path:
-    """A finished run whose target loss falls in a straight line from 4 to `final`."""
+def write_run(root: Path, name: str, *overrides: str, method: str, final: float) -> Path:
+    """A finished run whose target loss falls in a straight line from 4 to `final`, after ten steps."""
     shards = {part: root / "shards" / part for part in ("train", "target", "held_out")}
     if not shards["train"].exists():
         make_shards(shards["train"], good=40, noise=40, seed=1)
         for part in ("target", "held_out"):
             make_shards(shards[part], good=16, noise=0, seed=2, files=1)
-    config = tiny_config(shards, root / "runs", f"name={name}", f"weighting.method={method}", f"train.steps={STEPS}")
+    options = (f"name={name}", f"weighting.method={method}", f"train.steps={STEPS}", *overrides)
+    config = tiny_config(shards, root / "runs", *options)
     folder = config.run_dir
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -74,3 +79,19 @@ def _write_weights(folder: Path) -> None:
         weights = [(2 * i + 1) / BATCH for i in range(BATCH)]
         writer.add(step, ids, [i % 2 for i in range(BATCH)], [2.0] * BATCH, [0.0] * BATCH, weights)
     writer.flush(STEPS)
+
+
+def plant_weights(config: RunConfig, log_weight: Callable[[int, Rows], np.ndarray]) -> None:
+    """Record weights in proportion to exp(log_weight(step, rows)), of random batches of every step."""
+    folder = config.run_dir / "weights"
+    for old in folder.glob("*.parquet"):
+        old.unlink()
+    reader, rng = open_shards(config.data.train), np.random.default_rng(7)
+    writer = WeightsWriter(folder, load_manifest(config.data.train).domain_names, 0)
+    for step in range(1, config.train.steps + 1):
+        rows = reader.take(rng.choice(reader.manifest.rows, size=config.train.global_batch, replace=False))
+        weights = np.exp(log_weight(step, rows))
+        relative = (weights / weights.mean()).tolist()
+        size = len(rows)
+        writer.add(step, rows.sample_ids.tolist(), rows.domains.tolist(), [2.0] * size, [0.0] * size, relative)
+    writer.flush(config.train.steps)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from synthetic_runs import STEPS, write_run
 
-from ray_dwm.analysis.preferences import Texts, phases
+from ray_dwm.analysis.favoured import Texts, extremes
+from ray_dwm.analysis.phases import spans, weighted_batches
 from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import open_run
 
@@ -71,7 +72,8 @@ def test_report_of_a_uniform_run_alone(tmp_path: Path) -> None:
 
 def test_phases_hold_the_extremes_of_each_third(tmp_path: Path) -> None:
     run = open_run(write_run(tmp_path, "d", method="dwm", final=2.0))
-    found = phases(run.weights(), Texts(run.config.data.train), count=2)
+    batches = weighted_batches(run)
+    found = extremes(batches, spans(run.config, batches.steps_S), Texts(run.config.data.train), count=2)
     assert [phase.name for phase in found] == ["early", "middle", "late"]
     assert found[0].first_step == 1 and found[-1].last_step == STEPS
     for phase in found:
