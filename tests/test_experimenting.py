@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from ray_dwm.errors import ConfigError
 from ray_dwm.experimenting import Cell, grid, load_experiment, needed, run_config
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs/experiments.md"
 TEXT = """
 name: x
-set: {lm.preset: tiny, train: {steps: 8, lr: 1e-4}}
+set: {lm.preset: tiny, train: {steps: 8, lr: 1e-4}, bilevel.warmup_steps: 1}
 sizes:
   small: {}
   large: {set: {train.lr: 2e-4}}
@@ -42,7 +44,11 @@ def test_shipped_experiments_are_sound(file: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(ROOT)
     experiment = load_experiment(file)
     assert experiment.name == file.stem
-    for cell in grid(experiment):
+    cells = grid(experiment)
+    assert re.search(rf"^\| `{file.stem}` \|.*\| {len(cells)} \|$", DOCS.read_text(), re.M), (
+        "as docs/experiments.md says"
+    )
+    for cell in cells:
         config = run_config(experiment, cell, dict.fromkeys(needed(experiment, cell), "somewhere"))
         assert config.seed == cell.seed
     assert {method.set.get("dwm.control") for method in experiment.methods.values()} >= {"random", "shuffled"}

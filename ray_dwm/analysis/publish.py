@@ -51,7 +51,7 @@ def write_leaderboard(folder: Path) -> Board:
     write_whole(folder / f"{LEADERBOARD}.md", _markdown(grid, board, shown))
     write_whole(folder / f"{LEADERBOARD}.json", json.dumps(content(grid, board), indent=2) + "\n")
     environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
-    page = environment.get_template("experiment.html").render(**_page(grid, board, shown))
+    page = environment.get_template("experiment.html").render(**sections(grid, board, shown))
     write_whole(folder / f"{LEADERBOARD}.html", page)
     return board
 
@@ -184,7 +184,8 @@ def _differences(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _page(grid: Grid, board: Board, shown: Sequence[Table]) -> dict[str, Any]:
+def sections(grid: Grid, board: Board, shown: Sequence[Table]) -> dict[str, Any]:
+    """What leaderboard.html, the part of a page, is filled with, and the page around it."""
     return {
         "name": grid.experiment.name,
         "budget": _budget(grid),

@@ -28,6 +28,7 @@ from ray_dwm.orchestration.cells import Train, begin, check_cell, configure, fai
 from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight, warn_if_temporary
 from ray_dwm.orchestration.cluster import needed as resources
 from ray_dwm.orchestration.doctor_config import disk_needed
+from ray_dwm.orchestration.findings import count
 from ray_dwm.orchestration.pool import Pool
 from ray_dwm.orchestration.prepare import prepare_sets, sets_to_make
 from ray_dwm.orchestration.train import train as train_run
@@ -171,8 +172,8 @@ def make_ready(runs: Sequence[RunConfig]) -> str:
     gpus = found.get("GPU", 0.0)
     if gpus:
         kinds = sorted(key.partition(":")[2] for key in found if key.startswith("accelerator_type:"))
-        return f"{len(nodes)} nodes, {gpus:g} GPUs ({', '.join(kinds) or 'of unknown kind'})"
-    return f"{len(nodes)} nodes, CPUs, {os.cpu_count()} cores where the driver is"
+        return f"{count(len(nodes), 'node')}, {gpus:g} x {', '.join(kinds) or 'GPU'}"
+    return f"{count(len(nodes), 'node')}, CPU, {os.cpu_count()} cores where the driver is"
 
 
 def _largest(runs: Sequence[RunConfig]) -> RunConfig:
