@@ -106,11 +106,11 @@ def test_one_size_is_named_by_its_preset(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("seeds:", "sedes:", "unknown configuration key sedes: did you mean seeds?"),
-        ("label: DWM", "lable: DWM", "unknown configuration key methods.dwm.lable: did you mean methods.dwm.label?"),
+        ("label: DWM", "labell: DWM", "unknown configuration key methods.dwm.labell: did you mean methods.dwm.label?"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "seeds names 3 twice"),
         ("seeds: [3, 4]", "seeds: []", "seeds is empty"),
         ("name: x", "name: ..", "name is '..'"),
-        ("baseline: uniform", "baseline: unifrom", "baseline is 'unifrom', and there is none of that name"),
+        ("baseline: uniform", "baseline: unyform", "baseline is 'unyform', and there is none of that name"),
         ("against: [dwm]", "against: [dmw]", "methods.replayed.against is 'dmw'"),
         ("against: [dwm]", "against: [replayed]", "names the method itself"),
         ("sizes: [large]", "sizes: [huge]", "methods.replayed.sizes is 'huge'"),

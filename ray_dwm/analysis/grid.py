@@ -20,6 +20,7 @@ from ray_dwm.experimenting import Cell, ExperimentConfig, grid, load_experiment
 
 EXPERIMENT = "experiment.yaml"
 CELLS = "cells"
+NOT_BEGUN = "not begun"
 _SELECTION = "selection.json"
 _DOMAIN_WEIGHTS = "domain_weights.json"
 
@@ -101,7 +102,7 @@ class Grid:
         record = self.records.get(cell, {})
         if record.get("state") == "failed":
             return f"failed: {record['reason']}"
-        return "begun, not finished" if record else "not begun"
+        return "begun, not finished" if record else NOT_BEGUN
 
     def of(self, size: str, method: str) -> dict[int, Outcome]:
         """Seed -> finished cell, without those that were run again."""

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from ray_dwm.analysis.comparison import SIGNIFICANT, Comparison, Reached, compare, corrected
-from ray_dwm.analysis.grid import Grid, Outcome
+from ray_dwm.analysis.grid import NOT_BEGUN, Grid, Outcome
 from ray_dwm.analysis.statistics import Interval, Paired, interval
 from ray_dwm.experimenting import Cell
 
@@ -229,5 +229,8 @@ def _notes(grid: Grid, rows: Sequence[Row]) -> list[str]:
     devices = sorted({device for record in grid.records.values() for device in record.get("devices", [])})
     if len(devices) > 1:
         notes.append(f"Cells ran on different devices ({'; '.join(devices)}): wall-clock does not compare.")
-    notes += [f"{cell.path}: {state}." for cell in grid.cells if (state := grid.state(cell)) != "done"]
+    states = {cell: grid.state(cell) for cell in grid.cells}
+    notes += [f"{cell.path}: {state}." for cell, state in states.items() if state not in ("done", NOT_BEGUN)]
+    if (waiting := sum(state == NOT_BEGUN for state in states.values())) > 0:
+        notes.append(f"{waiting} of {len(states)} cells: {NOT_BEGUN}.")
     return notes

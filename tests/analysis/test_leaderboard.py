@@ -202,7 +202,7 @@ def test_files_say_the_same_and_hold_every_cell(experiment: ExperimentConfig) ->
     )
     widths = {line.replace("\\|", "").count("|") for line in lines if line.startswith("|")}
     assert len(widths) == 1 and f"{STEPS * TOKENS / 1e6:,.2f} M tokens a run" in text
-    assert "- tiny/dwm/seed-2: failed: no space." in lines and "- tiny/loss/seed-0: not begun." in lines
+    assert "- tiny/dwm/seed-2: failed: no space." in lines and "- 10 of 16 cells: not begun." in lines
     assert any("ran beside others" in line for line in lines)
     content = json.loads((experiment.folder / "leaderboard.json").read_text())
     assert content["cells"]["tiny/dwm/seed-2"]["state"] == "failed: no space"
