@@ -45,10 +45,10 @@ class Comparison:
 
 
 def compare(grid: Grid, size: str, method: str, other: str) -> Comparison | None:
-    """Over the seeds in which both are done, on the same set; None where there is none."""
+    """Over the seeds in which both are done, with the same tokens and on the same set; None where there is none."""
     name = grid.experiment.measure
     mine, theirs = grid.of(size, method), grid.of(size, other)
-    seeds = [seed for seed in mine if seed in theirs and _same_set(mine[seed], theirs[seed], name)]
+    seeds = [seed for seed in mine if seed in theirs and _alike(mine[seed], theirs[seed], name)]
     if not seeds:
         return None
     pairs = [(mine[seed], theirs[seed]) for seed in seeds]
@@ -72,8 +72,9 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(comparisons[k], p_tokens=tokens.get(str(k)), p_wall=wall.get(str(k))) for k in keys]
 
 
-def _same_set(one: Outcome, other: Outcome, name: str) -> bool:
-    return name in one.finals and name in other.finals and one.digests.get(name) == other.digests.get(name)
+def _alike(one: Outcome, other: Outcome, name: str) -> bool:
+    measured = name in one.finals and name in other.finals
+    return measured and one.tokens == other.tokens and one.digests.get(name) == other.digests.get(name)
 
 
 def _at_wall(one: Outcome, other: Outcome, name: str) -> float:

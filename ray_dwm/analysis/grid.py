@@ -49,6 +49,11 @@ class Outcome:
     """(step, seconds): what of selecting was done after that step of training."""
 
     @property
+    def tokens(self) -> int:
+        """What it trained on."""
+        return int(self.run.summary["tokens"])
+
+    @property
     def training_s(self) -> float:
         """Training."""
         return float(self.run.summary["train_seconds"])

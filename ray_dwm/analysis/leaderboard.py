@@ -229,6 +229,10 @@ def _notes(grid: Grid, rows: Sequence[Row]) -> list[str]:
     devices = sorted({device for record in grid.records.values() for device in record.get("devices", [])})
     if len(devices) > 1:
         notes.append(f"Cells ran on different devices ({'; '.join(devices)}): wall-clock does not compare.")
+    for size in grid.experiment.sizes:
+        budgets = {outcome.tokens for cell, outcome in grid.outcomes.items() if cell.size == size}
+        if len(budgets) > 1:
+            notes.append(f"{size}: cells of {len(budgets)} budgets, of which only the same are compared.")
     states = {cell: grid.state(cell) for cell in grid.cells}
     notes += [f"{cell.path}: {state}." for cell, state in states.items() if state not in ("done", NOT_BEGUN)]
     if (waiting := sum(state == NOT_BEGUN for state in states.values())) > 0:

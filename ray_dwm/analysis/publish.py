@@ -128,9 +128,7 @@ def _markdown(grid: Grid, board: Board, shown: Sequence[Table]) -> str:
 
 def _budget(grid: Grid) -> str:
     sizes = {cell.size: outcome for cell, outcome in grid.outcomes.items()}
-    told = [
-        f"{o.run.summary['tokens'] / 1e6:,.2f} M tokens a run (LM {o.run.config.lm.preset})" for o in sizes.values()
-    ]
+    told = [f"{o.tokens / 1e6:,.2f} M tokens a run (LM {o.run.config.lm.preset})" for o in sizes.values()]
     return "; ".join(f"{size}: {text}" for size, text in zip(sizes, told, strict=True)) + "." if told else ""
 
 
@@ -159,7 +157,7 @@ def content(grid: Grid, board: Board) -> dict[str, Any]:
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
     return {
-        "tokens": outcome.run.summary["tokens"],
+        "tokens": outcome.tokens,
         "workers": outcome.run.summary["workers"],
         "losses": outcome.finals,
         "sets": outcome.digests,

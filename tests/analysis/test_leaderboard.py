@@ -188,6 +188,16 @@ def test_another_set_of_the_same_name_is_not_compared(experiment: ExperimentConf
     assert compare(read(experiment), "tiny", "dwm", "uniform") is None
 
 
+def test_another_budget_is_not_compared(experiment: ExperimentConfig) -> None:
+    finish(experiment, "uniform", {0: 3.0})
+    folder = write_cell(experiment, Cell("tiny", "dwm", 0), 2.5)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "tokens": 2 * summary["tokens"]}))
+    grid = read(experiment)
+    assert compare(grid, "tiny", "dwm", "uniform") is None
+    assert "tiny: cells of 2 budgets, of which only the same are compared." in build_board(grid).notes
+
+
 def test_files_say_the_same_and_hold_every_cell(experiment: ExperimentConfig) -> None:
     finish(experiment, "uniform", UNIFORM)
     finish(experiment, "dwm", {0: 2.5, 1: 2.58}, at_once=2)

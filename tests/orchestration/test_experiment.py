@@ -179,6 +179,14 @@ def test_a_cell_of_another_configuration_is_refused_before_anything_runs(
     assert train.asked == []
 
 
+def test_what_is_done_bounds_what_is_run_beside_it(shards: dict[str, Path], tmp_path: Path) -> None:
+    run(declare(shards, tmp_path), Trainer(), "uniform")
+    train = Trainer()
+    with pytest.raises(ConfigError, match=r"tiny/uniform/seed-0: run folder .* was made with train.steps = 6, now"):
+        run(declare(shards, tmp_path, "train.steps=8"), train, "dwm")
+    assert train.asked == []
+
+
 def test_what_is_wrong_is_said_before_anything_runs(shards: dict[str, Path], tmp_path: Path) -> None:
     wrong = [
         (["methods.dwm.set.train.steps=8"], "tokens is 768 in tiny/uniform/seed-0 and 1024 in tiny/dwm/seed-0"),
