@@ -127,8 +127,8 @@ def run_cell(experiment: ExperimentConfig, cell: Cell, train: Train) -> bool:
             record["selection"] = chosen.data.train
             _write(path, record)
         _train(train, _in_its_folder(experiment, cell, chosen))
-    except Stopped:
-        raise
+    except Stopped as stopped:
+        raise Stopped(f"{cell.path}: {stopped}") from None
     except Exception as error:  # whatever it is, the other cells have nothing to do with it
         if not isinstance(error, DwmError):
             traceback.print_exc()
