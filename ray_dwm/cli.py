@@ -287,6 +287,41 @@ def compare(config: Config = None, overrides: Overrides = None) -> None:
     typer.echo(run(_load(config, overrides)))
 
 
+@app.command()
+def experiment(
+    file: Annotated[Path, typer.Argument(help="What is compared: methods, seeds, sizes (docs/experiments.md).")],
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="Only these, as random,dsir, and what they need.")] = "",
+    seeds: Annotated[str, typer.Option(help="Only these, as 0,1.")] = "",
+    parallel: Annotated[int, typer.Option(min=1, help="Cells at once, where the cluster has room.")] = 1,
+    only_table: Annotated[
+        bool, typer.Option("--only-table", help="Run nothing: the leaderboard of what is done.")
+    ] = False,
+    cell: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Train every cell of a declared grid and write a leaderboard; the same command continues."""
+    from ray_dwm.analysis.publish import LEADERBOARD
+    from ray_dwm.experimenting import load_experiment
+    from ray_dwm.orchestration import experiment as job
+
+    config = load_experiment(file, overrides or [])
+    if cell:
+        raise typer.Exit(0 if job.one_cell(config, cell) else 1)
+    if only_table:
+        board = job.table(config)
+    else:
+        seed = whole("--seeds", "all of them", 0, 2**63 - 1)
+        chosen = job.choose(config, _words(methods), [seed(word) for word in _words(seeds)])
+        board = job.experiment(config, chosen, parallel=parallel)
+    for line in (*board.verdict, *board.notes):
+        typer.echo(f"- {line}")
+    typer.echo(f"leaderboard: {config.folder / LEADERBOARD}.md, .json, .html")
+
+
+def _words(text: str) -> list[str]:
+    return [word for part in text.split(",") if (word := part.strip())]
+
+
 def main() -> None:
     """Console entry point: one clear line instead of a traceback where this package raised the error."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

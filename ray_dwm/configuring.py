@@ -103,6 +103,14 @@ def _whole(text: str) -> int:
         return int(number)
 
 
+def dotted(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= dotted(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return flat
+
+
 def _convert(value: Any, kind: Any, path: str) -> Any:
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):

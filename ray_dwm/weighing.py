@@ -55,6 +55,8 @@ class DwmConfig:
     trajectory: str = ""
     """The dwm folder of a run that learnt a DWM."""
     size: Literal["xs", "s", "m", "l"] = "xs"
+    batch_attention: bool = True
+    """false: an ablation, each sequence is scored by itself; the softmax alone still sees the batch."""
     lm_features: bool = False
     """Also look at every sample's current LM loss and entropy (costs a forward where micro-batches accumulate)."""
     lr: float = 3e-3
@@ -116,8 +118,12 @@ class BilevelConfig:
     """Rank of ghost_lowrank's sketches."""
     target_at: Literal["theta_prime", "theta"] = "theta_prime"
     """Where the target gradient is taken: after the LM's step, as defined, or before it, which ghost needs."""
+    preconditioner: Literal["optimizer", "none"] = "optimizer"
+    """none: an ablation, alignments as if the LM's optimizer were plain SGD; D = 1 in docs/bilevel.md."""
     target_batch: int = 8
     """Target sequences drawn afresh for each bi-level step, over all workers and target sets."""
+    target_sequences: int = 0
+    """Sequences of each target set from which these are drawn, spread evenly over it; 0: all. Evaluation takes all."""
     target_weights: dict[str, float] = field(default_factory=dict)
     """Name of a target set -> its weight in the target loss (1 where it is not named); they are normalised."""
     fraction: float = 1.0
@@ -144,7 +150,7 @@ class BilevelConfig:
     def __post_init__(self) -> None:
         positive("bilevel", self, "stage_updates", "max_overhead", "target_batch", "updates", "rank", "reuse")
         positive("bilevel", self, "max_staleness", "fidelity_sequences")
-        not_negative("bilevel", self, "every", "stages", "epsilon", "kl", "fidelity_every")
+        not_negative("bilevel", self, "every", "stages", "epsilon", "kl", "fidelity_every", "target_sequences")
         below_one("bilevel", self, "scale_decay", "min_fidelity")
         require(
             self.fidelity_sequences >= 4,

@@ -139,6 +139,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("cluster.workers=1,9", "cluster.workers is 9, train.global_batch 8"),
         ("lm.preset=8b", "lm.preset is '8b'"),
         ("lm.seq_len=32", "lm.seq_len is 32"),
+        ("bilevel.target_sequences=4", "has 4 sequences, bilevel.target_batch asks for 8"),
         ("bilevel.target_batch=32", "lower it or prepare a larger target set"),
         ("data.target=", "data.target is empty: weighting.method=dwm needs a target set"),
         ("weighting.method=joint_update_aware", "weighting.anchor_sequences asks for 32: lower it or prepare a larger"),

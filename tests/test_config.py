@@ -26,7 +26,7 @@ def test_overrides_win_over_files_and_files_over_defaults(tmp_path: Path) -> Non
     assert config.data.held_out == {"books": "x", "code": "z"}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
     config = load([file])
     copy = tmp_path / "copy.yaml"

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -17,6 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ray_dwm.analysis.runs import Run
+from ray_dwm.analysis.statistics import Interval
 
 UNIFORM, DWM, INK, GRID = "#8a8f98", "#2f6fde", "#30343b", "#e6e8ec"
 PALETTE = ["#2f6fde", "#e0672f", "#2a9d74", "#c23f6d", "#8759c9", "#b8860b", "#1d9bb0", "#7a5c3e", "#6b7280", "#5a8f29"]
@@ -79,6 +81,37 @@ def losses(runs: list[Run], key: str, over: str) -> str:
         axes.set_xlabel("million tokens" if over == "tokens" else "seconds of training")
         axes.set_ylabel("loss, nats per token")
         axes.legend(frameon=False)
+    return out[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A method's loss over training, of several seeds."""
+
+    label: str
+    kind: str
+    """baseline, null, or neither."""
+    x: list[float]
+    y: list[Interval]
+
+
+def curves(lines: list[Line], over: str) -> str:
+    """Mean losses with 95 % intervals against `tokens` or `seconds`."""
+    scale = 1e6 if over == "tokens" else 1.0
+    with _figure(8.6, 3.8) as (_, axes, out):
+        for index, line in enumerate(lines):
+            plain = {"baseline": (UNIFORM, "-"), "null": (UNIFORM, ":")}
+            own = (PALETTE[index % len(PALETTE)], "-" if index < len(PALETTE) else "--")
+            colour, style = plain.get(line.kind, own)
+            x = np.array(line.x) / scale
+            axes.plot(x, [y.mean for y in line.y], color=colour, linestyle=style, linewidth=1.8, label=line.label)
+            bounds = [(y.low, y.high) for y in line.y if y.low is not None and y.high is not None]
+            if len(bounds) == len(x):
+                low, high = np.array(bounds).T
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_xlabel("million tokens" if over == "tokens" else "seconds, with what was done before training")
+        axes.set_ylabel("loss, nats per token")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return out[0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from ray_dwm.analysis import figures
 from ray_dwm.analysis.preference_section import section
-from ray_dwm.analysis.runs import Run, open_run
+from ray_dwm.analysis.runs import Run, open_run, versions
 from ray_dwm.analysis.verdict import differences, verdict
 from ray_dwm.config import BilevelConfig, to_yaml
 from ray_dwm.data.records import write_whole
@@ -56,7 +55,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         ],
         "weighted": _weighted(weighted) if weighted else None,
         "configs": [(run.name, to_yaml(run.config)) for run in runs],
-        "versions": {name: version(name) for name in ("ray-dwm", "torch", "ray", "transformers", "pyarrow")},
+        "versions": versions(),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class Run:
             return pa.concat_tables([pq.read_table(file) for file in files]) if files else pa.table({})
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.folder / 'weights'} is damaged ({str(error).splitlines()[0]})") from None
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the figures."""
+    return {name: version(name) for name in ("ray-dwm", "torch", "ray", "transformers", "pyarrow", "numpy")}
 
 
 def open_run(folder: Path) -> Run:

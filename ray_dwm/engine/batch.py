@@ -69,9 +69,22 @@ def take_share(reader: ShardReader, rows: NDArray[np.int64], seq_len: int, devic
     return to_batch(reader.take(own), len(rows), seq_len, device)
 
 
-def draw(reader: ShardReader, sequences: int, number: int, seed: int, seq_len: int, device: torch.device) -> Batch:
-    """This rank's share of the `number`-th random draw of `sequences` rows of a set, over all ranks."""
-    return take_share(reader, target_rows(reader.manifest.rows, sequences, number, seed), seq_len, device)
+def draw(
+    reader: ShardReader,
+    sequences: int,
+    number: int,
+    seed: int,
+    seq_len: int,
+    device: torch.device,
+    among: NDArray[np.int64] | None = None,
+) -> Batch:
+    """This rank's share of the `number`-th random draw of `sequences` rows of a set, over all ranks.
+
+    Args:
+        among: the rows that may be drawn; None: all.
+    """
+    rows = target_rows(reader.manifest.rows if among is None else len(among), sequences, number, seed)
+    return take_share(reader, rows if among is None else among[rows], seq_len, device)
 
 
 class BatchSource(Protocol):

@@ -191,6 +191,8 @@ class BilevelStep:
         return u
 
     def _jacobian(self, parameter: Tensor, clipped: Tensor) -> Tensor | float:
+        if self._config.preconditioner == "none":
+            return 1.0
         config, state = self._lower.config, self._lower.optimizer.state[parameter]
         if config.optimizer == "sgd":
             return sgd_jacobian(config.momentum, dampening=0.0, nesterov=False, first_step=False)
@@ -199,6 +201,8 @@ class BilevelStep:
 
     def _gain(self, parameter: Tensor) -> Tensor | float:
         """What is known of D before the step."""
+        if self._config.preconditioner == "none":
+            return 1.0
         config, state = self._lower.config, self._lower.optimizer.state[parameter]
         if config.optimizer == "sgd":
             return sgd_jacobian(config.momentum, dampening=0.0, nesterov=False, first_step=False)

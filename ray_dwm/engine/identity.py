@@ -27,7 +27,7 @@ def run_identity(config: RunConfig, train: Manifest) -> dict[str, Any]:
     found["train.optimizer"] = config.train.optimizer
     found["weighting.method"] = config.weighting.method
     if config.learns_dwm:
-        shape = dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features)
+        shape = dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features, config.dwm.batch_attention)
         found |= {f"dwm.{key}": value for key, value in shape.to_dict().items()}
     return found
 

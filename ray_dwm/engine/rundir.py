@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig, load, to_dict, to_yaml
+from ray_dwm.configuring import dotted
 from ray_dwm.data.manifest import MANIFEST, file_sha256
 from ray_dwm.data.records import LOCK, locked, read_json, write_whole
 from ray_dwm.engine.reference import reference_weights
@@ -34,7 +35,7 @@ def check(config: RunConfig) -> None:
     """
     path = config.run_dir / "config.yaml"
     if path.is_file():
-        before, now = _flat(_stored(path)), _flat(to_dict(config))
+        before, now = dotted(_stored(path)), dotted(to_dict(config))
         for key in sorted(before.keys() | now.keys()):
             if not _is_free(key, config) and before.get(key) != now.get(key):
                 raise ConfigError(
@@ -114,13 +115,6 @@ def _check_data(config: RunConfig) -> None:
                 f"the shards of {name} are not those that run folder {config.run_dir} was made with: restore them, "
                 "choose another name=..., or remove the folder"
             )
-
-
-def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat
 
 
 def failure_path(config: RunConfig) -> Path:

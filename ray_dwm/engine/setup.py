@@ -70,9 +70,10 @@ def check_data(config: RunConfig) -> Manifest:
             key, sequences = config.target_draw
             of_it = " of each set" if config.data.more_targets else ""
             sets = len(target_sets(config)) if config.weighting.method == "dwm" else 1
-            if other.rows < sequences // sets:
+            rows = learnt_rows(config, other)
+            if rows < sequences // sets:
                 raise DataError(
-                    f"target set {other.folder} has {other.rows} sequences, {key} asks for {sequences // sets}{of_it}: "
+                    f"target set {other.folder} has {rows} sequences, {key} asks for {sequences // sets}{of_it}: "
                     "lower it or prepare a larger target set"
                 )
     if config.target_draw is not None and not config.data.target:
@@ -118,6 +119,12 @@ def target_sets(config: RunConfig) -> dict[str, str]:
     return {"target": config.data.target, **config.data.more_targets} if config.data.target else {}
 
 
+def learnt_rows(config: RunConfig, target: Manifest) -> int:
+    """Sequences of a target set that the weighting learns from."""
+    few = config.bilevel.target_sequences if config.weighting.method == "dwm" else 0
+    return min(few or target.rows, target.rows)
+
+
 def seq_len(config: RunConfig, train: Manifest) -> int:
     """Tokens of each sequence that are used."""
     return config.lm.seq_len or train.seq_len
@@ -153,8 +160,8 @@ def build_learner(config: RunConfig, train: Manifest) -> DwmLearner:
         given, _ = load_dwm(Path(config.dwm.init_from).expanduser(), train.tokenizer_sha256)
         if given.shape != learner.model.shape:
             raise ConfigError(
-                f"dwm.init_from={config.dwm.init_from} is of another architecture ({given.shape}): set dwm.size and "
-                "dwm.lm_features to it"
+                f"dwm.init_from={config.dwm.init_from} is of another architecture ({given.shape}): set dwm.size, "
+                "dwm.lm_features and dwm.batch_attention to it"
             )
         learner.model.load_state_dict(given.state_dict())
     return learner
@@ -162,7 +169,7 @@ def build_learner(config: RunConfig, train: Manifest) -> DwmLearner:
 
 def run_dwm_shape(config: RunConfig, train: Manifest) -> DwmShape:
     """The DWM's architecture in a run."""
-    return dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features)
+    return dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features, config.dwm.batch_attention)
 
 
 def build_weigher(config: RunConfig, train: Manifest, service: WeightService | None, place: torch.device) -> Weigher:

@@ -13,6 +13,7 @@ from ray_dwm.data.shards import ShardReader
 from ray_dwm.engine.batch import Batch, draw
 from ray_dwm.engine.bilevel import BilevelStep, Outcome
 from ray_dwm.engine.budget import Budget
+from ray_dwm.engine.evaluate import spread_rows
 from ray_dwm.engine.mesh import is_main
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.step import LowerLevel, StepResult
@@ -70,8 +71,17 @@ class UpperLevel:
         """This rank's share of a fresh target batch of every target set."""
         whole = self._budget.target_batch if self._budget else self._config.bilevel.target_batch
         size, seed = whole // len(self._targets), self._config.seed
+        few = self._config.bilevel.target_sequences
         return {
-            name: draw(reader, size, update, seed + number, self._seq_len, self._device)
+            name: draw(
+                reader,
+                size,
+                update,
+                seed + number,
+                self._seq_len,
+                self._device,
+                among=spread_rows(reader, few) if few else None,
+            )
             for number, (name, reader) in enumerate(self._targets.items())
         }
 

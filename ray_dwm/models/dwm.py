@@ -15,7 +15,7 @@ Legend: B = sequences of the global batch, b = sequences of one rank, T = tokens
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -51,9 +51,10 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def dwm_shape(size: str, vocab_size: int, lm_features: bool = False) -> DwmShape:
-    """The shape of a size preset."""
-    return DwmShape(vocab_size=vocab_size, lm_features=lm_features, **SIZES[size])
+def dwm_shape(size: str, vocab_size: int, lm_features: bool = False, batch_attention: bool = True) -> DwmShape:
+    """The shape of a size preset; without batch attention each sequence is scored by itself."""
+    shape = DwmShape(vocab_size=vocab_size, lm_features=lm_features, **SIZES[size])
+    return shape if batch_attention else replace(shape, batch_layers=0)
 
 
 class _ConvBlock(nn.Module):

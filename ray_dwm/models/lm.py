@@ -4,6 +4,7 @@
 |---|---|---|---|---|---|---|
 | tiny | 32 | 2 | 2 | 64 | data's | tests |
 | quickstart | 96 | 4 | 4 | 256 | data's (8192) | 1.23 M |
+| 5m | 192 | 8 | 8 | 512 | data's (8192) | 5.12 M |
 | 30m | 384 | 6 | 6 | 1024 | data's (8192) | 16.91 M (35.20 M at 32000) |
 | 370m | 1024 | 24 | 16 | 2816 | 32000 | 373.9 M |
 | 1.3b | 2048 | 24 | 16 | 5504 | 32000 | 1345.4 M |
@@ -54,6 +55,7 @@ class LmShape:
 PRESETS = {
     "tiny": LmShape(width=32, layers=2, heads=2, mlp_width=64, tied=True),
     "quickstart": LmShape(width=96, layers=4, heads=4, mlp_width=256, tied=True),
+    "5m": LmShape(width=192, layers=8, heads=8, mlp_width=512, tied=True),
     "30m": LmShape(width=384, layers=6, heads=6, mlp_width=1024, tied=False),
     "370m": LmShape(width=1024, layers=24, heads=16, mlp_width=2816, tied=False),
     "1.3b": LmShape(width=2048, layers=24, heads=16, mlp_width=5504, tied=False),

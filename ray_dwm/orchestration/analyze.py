@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ray_dwm.analysis.preferences import SAMPLES, Asked, preferences, take_sample
 from ray_dwm.analysis.report import write_report
-from ray_dwm.analysis.runs import Run, open_run
+from ray_dwm.analysis.runs import Run, open_run, versions
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
@@ -102,7 +101,7 @@ def preferences_of(run: Run, asked: Analysis, reference: str = "") -> dict[str, 
         sweep = RaySweep(work, config.selection, f"[{run.name}] ")
         ready_proxies((lm,) if lm else (), pool, sweep)
         numbers = preferences(run, wanted, sweep)
-        content = {"depends_on": depends_on, "versions": _versions(), "reference": reference, **numbers}
+        content = {"depends_on": depends_on, "versions": versions(), "reference": reference, **numbers}
         write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return content
 
@@ -133,7 +132,3 @@ def _files(run: Run) -> dict[str, str]:
     files += [path for folder in (run.folder / "dwm", *given) for path in sorted(folder.rglob("*.safetensors"))]
     of_run = {path: str(path.relative_to(run.folder) if path.is_relative_to(run.folder) else path) for path in files}
     return digests | {name: file_sha256(path) for path, name in of_run.items()}
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("ray-dwm", "ray", "torch", "numpy", "pyarrow")}

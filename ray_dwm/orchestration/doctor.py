@@ -184,12 +184,12 @@ class Doctor:
 
 
 def _check_name(config: RunConfig) -> Finding:
-    """The DWM actor has the run's name, whatever the folder."""
+    """The DWM actor is known by the run's folder."""
     try:
         ray.get_actor(actor_name(config), namespace=NAMESPACE)
     except ValueError:
         return Finding("run name", "ok", f"no other job trains {config.name}")
-    found = f"the cluster has an actor {actor_name(config)} already, another job trains a run of this name"
+    found = f"the cluster has an actor {actor_name(config)} already, another job trains this run"
     return Finding("run name", "failed", found, "wait for it, or choose another name=...")
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ray_dwm.config import RunConfig
+from ray_dwm.data.records import digest
 from ray_dwm.engine.learner import DwmLearner, Feedback, State
 from ray_dwm.engine.mesh import all_sum, device, is_main
 from ray_dwm.errors import DwmError, ResourceError, TrainingError
@@ -83,15 +84,15 @@ class DwmService:
 
 
 def actor_name(config: RunConfig) -> str:
-    """The actor's name in the cluster."""
-    return f"dwm-{config.name}"
+    """The actor's name in the cluster, of this run folder alone: cells of an experiment share their runs' names."""
+    return f"dwm-{config.name}-{digest(str(config.run_dir))[:8]}"
 
 
 def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
     """Create the run's actor (before the worker group, so that its resources are taken first).
 
     Raises:
-        ResourceError: another job of the cluster is training a run of this name.
+        ResourceError: another job of the cluster is training this run.
     """
     options = {
         "name": actor_name(config),
@@ -111,7 +112,7 @@ def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
                 raise
             if time.monotonic() > deadline:
                 raise ResourceError(
-                    f"the cluster has an actor {actor_name(config)} already: another job trains a run of this name, "
+                    f"the cluster has an actor {actor_name(config)} already: another job trains {config.run_dir}, "
                     "wait for it or choose another name=..."
                 ) from None
             time.sleep(0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -144,9 +145,11 @@ def ready_proxies(proxies: tuple[Proxy, ...], pool: Manifest, sweep: RaySweep) -
         TrainingError: one could not be trained.
         DataError: one has diverged.
     """
+    started = time.monotonic()
     for proxy in proxies:
         if proxy.run is not None:
             _train(proxy.run)
+    sweep.training_s += time.monotonic() - started
     folders = tuple(str(proxy.folder) for proxy in proxies)
     check = partial(_check, folders=folders, pool=str(pool.folder), batch=sweep.options.proxy.batch)
     sweep.each("checking proxy LMs", list(range(len(folders))), check)

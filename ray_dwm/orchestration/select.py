@@ -201,6 +201,7 @@ def _fill(selection: Selection, work: Path, seconds: Callable[[], float]) -> Non
         "notes": task.notes,
         **record.describe(pool, scored, rows),
         "seconds": seconds(),
+        "proxy_seconds": sweep.training_s,
     }
     write_whole(shards / record.RECORD, json.dumps(content, indent=2) + "\n")
     for left in shards.glob(".*.tmp"):  # by a kill

@@ -13,7 +13,7 @@ from ray_dwm.core.schedules import Staged
 from ray_dwm.core.upper_memory import Upper
 from ray_dwm.data.manifest import Manifest, find_manifest
 from ray_dwm.errors import ConfigError
-from ray_dwm.models.dwm import SIZES
+from ray_dwm.models.dwm import dwm_shape
 from ray_dwm.models.lm import llama
 
 USUAL_VOCABULARY = 32_000
@@ -152,9 +152,10 @@ class Job:
         """Of a rank's replica of the DWM, roughly: its embedding, its bag, and a few squares of its width."""
         if self.config.weighting.method != "dwm":
             return 0
-        size = SIZES[self.config.dwm.size]
-        width = size["width"]
-        return self.llama.vocab * (width + 1) + (4 * size["layers"] + 8 * size["batch_layers"] + 2) * width * width
+        dwm = self.config.dwm
+        shape = dwm_shape(dwm.size, self.llama.vocab, dwm.lm_features, dwm.batch_attention)
+        width = shape.width
+        return self.llama.vocab * (width + 1) + (4 * shape.layers + 8 * shape.batch_layers + 2) * width * width
 
 
 def job(config: RunConfig, vocab: int = 0) -> Job:

@@ -9,7 +9,6 @@ Legend: n = rows, T = tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -112,8 +111,7 @@ def standardised(values: NDArray[np.float64], by: NDArray[np.int64] | slice = sl
 
 def _build(size: str, vocab_size: int, seed: int) -> DataWeightingModel:
     """On this process's device."""
-    shape = dataclasses.replace(dwm_shape(size, vocab_size), batch_layers=0)
-    return build_dwm(shape, seed).to(device())
+    return build_dwm(dwm_shape(size, vocab_size, batch_attention=False), seed).to(device())
 
 
 def _tokens(rows: Rows, seq_len: int) -> Tensor:

@@ -222,6 +222,8 @@ def test_ranks_and_accumulation_do_not_change_the_phi_gradient(
         ("exact", ["train.optimizer=sgd", "train.lr=0.3", "train.clip_norm=0"]),
         ("ghost", ["train.optimizer=sgd", "train.lr=0.3", "train.clip_norm=0"]),
         ("ghost", ["train.clip_norm=0.3"]),
+        ("ghost", ["train.clip_norm=0.3", "bilevel.preconditioner=none"]),
+        ("exact", ["train.clip_norm=0", "bilevel.preconditioner=none"]),
     ],
 )
 def test_before_the_step_the_target_gradient_is_that_of_theta(
@@ -237,7 +239,7 @@ def test_before_the_step_the_target_gradient_is_that_of_theta(
 
 
 def plain_alignments(config: RunConfig, norm: float) -> Tensor:
-    """The formula of ghost with AdamW written out; with plain SGD it is exact."""
+    """The formula of ghost with AdamW written out; with plain SGD, or alignments as if it were, it is exact."""
     parts, c = build(config), config.train
     lower = parts.lower
     for step in range(STEPS):
@@ -255,7 +257,7 @@ def plain_alignments(config: RunConfig, norm: float) -> Tensor:
         return grads
 
     gain = torch.ones(())
-    if c.optimizer == "adamw":
+    if c.optimizer == "adamw" and config.bilevel.preconditioner == "optimizer":
         square = torch.cat([shard(lower.optimizer.state[p]["exp_avg_sq"]).flatten() for p in lower.parameters])
         root = (square / (1 - c.beta2**STEPS)).sqrt()
         gain = torch.where(root > 0, (1 - c.beta1) / (1 - c.beta1 ** (STEPS + 1)) / (root + c.eps), 0.0)

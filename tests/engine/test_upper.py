@@ -26,6 +26,7 @@ from ray_dwm.engine.export import export_dwm
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import shard
 from ray_dwm.engine.setup import build, check_data
+from ray_dwm.engine.upper import UpperLevel
 from ray_dwm.errors import DataError, TrainingError
 from ray_dwm.models.hf import load_dwm
 
@@ -173,6 +174,22 @@ def test_what_cannot_be_read_is_named(
     config = tiny_config(shards, tmp_path, *[o.format(dwm=taught.run_dir / "dwm") for o in options])
     with pytest.raises(DataError, match=reason):
         run(1, tmp_path / "p", build, config)
+
+
+def drawn_targets(config: RunConfig) -> list[int]:
+    """Sample ids of the target sequences of twenty bi-level steps."""
+    parts = build(config)
+    assert parts.weigher is not None
+    upper = UpperLevel(parts.config, parts.lower, parts.weigher, parts.targets, parts.seq_len, parts.device)
+    return sorted({i for update in range(20) for i in upper._draw(update)["target"].sample_ids.tolist()})
+
+
+def test_a_part_of_the_target_set_is_spread_over_it(shards: dict[str, Path], tmp_path: Path) -> None:
+    reader = open_shards(str(shards["target"]))
+    ids = reader.sample_ids()
+    few = run(1, tmp_path / "f", drawn_targets, tiny_config(shards, tmp_path, "bilevel.target_sequences=10"))
+    assert few == sorted(int(ids[7 * k]) for k in range(10))  # of 64 rows, both ends among them
+    assert len(run(1, tmp_path / "a", drawn_targets, tiny_config(shards, tmp_path))) > 32
 
 
 def spending(config: RunConfig) -> list[Any]:

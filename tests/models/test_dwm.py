@@ -52,6 +52,17 @@ def test_replacing_one_sample_changes_the_ratio_of_two_others(size: str) -> None
     assert abs(ratio - 1) > 1e-4
 
 
+def test_without_batch_attention_every_sequence_is_scored_by_itself() -> None:
+    ids, _ = inputs()
+    changed = ids.clone()
+    changed[0] = (changed[0] + 7) % VOCAB
+    model = build_dwm(dwm_shape("s", VOCAB, batch_attention=False), seed=0)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
+    before, after = (model(x).detach() for x in (ids, changed))
+    torch.testing.assert_close(after[1:], before[1:], rtol=1e-5, atol=1e-6)
+    assert abs(float(after[0] - before[0])) > 1e-3
+
+
 def test_order_within_a_sequence_matters() -> None:
     ids, _ = inputs()
     model = trained("xs")

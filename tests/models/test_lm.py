@@ -13,6 +13,7 @@ from ray_dwm.models.lm import PRESETS, build_lm, flops_per_token, lm_config, par
 # Multiplied out by hand from width, layers, MLP width and vocabulary (see the table in models/lm.py).
 STATED = {
     ("quickstart", 8192): 1_229_664,
+    ("5m", 8192): 5_115_072,
     ("370m", 32_000): 373_867_520,
     ("1.3b", 32_000): 1_345_423_360,
     ("7b", 32_000): 6_738_415_616,
@@ -63,7 +64,7 @@ def test_the_same_seed_gives_the_same_lm() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 30m, 370m, 1\.3b, 7b, 13b, 70b$"):
+    with pytest.raises(ConfigError, match=r"must be one of tiny, quickstart, 5m, 30m, 370m, 1\.3b, 7b, 13b, 70b$"):
         lm_config("405b", vocab_size=10, seq_len=4)
 
 

@@ -21,6 +21,7 @@ from ray_dwm.config import RunConfig, load, to_yaml
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration import cluster, doctor, doctor_config, doctor_probes
+from ray_dwm.orchestration.dwm_actor import actor_name
 from ray_dwm.orchestration.findings import Finding, has_failed, run_check
 
 
@@ -191,7 +192,7 @@ def test_a_cluster_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_name_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    actors = {"dwm-taken"}
+    actors = {actor_name(load([], ["name=taken"]))}
 
     def get_actor(name: str, namespace: str) -> None:
         if name not in actors:
@@ -199,6 +200,7 @@ def test_a_run_name_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(doctor.ray, "get_actor", get_actor)
     assert doctor._check_name(load([], ["name=free"])).state == "ok"
+    assert doctor._check_name(load([], ["name=taken", "storage=elsewhere"])).state == "ok"
     row = doctor._check_name(load([], ["name=taken"]))
     assert row.state == "failed"
     assert row.remedy == "wait for it, or choose another name=..."

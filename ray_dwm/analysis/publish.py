@@ -1,0 +1,226 @@
+"""leaderboard.md, leaderboard.json and leaderboard.html in an experiment's folder, from what its cells have left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from ray_dwm.analysis import figures
+from ray_dwm.analysis.comparison import Comparison
+from ray_dwm.analysis.grid import Grid, Outcome, read_grid
+from ray_dwm.analysis.leaderboard import Board, Row, build_board, share, signed
+from ray_dwm.analysis.runs import versions
+from ray_dwm.analysis.statistics import Interval, interval
+from ray_dwm.config import RunConfig, to_dict
+from ray_dwm.configuring import dotted
+from ray_dwm.data.records import write_whole
+from ray_dwm.experimenting import NEEDS
+
+LEADERBOARD = "leaderboard"
+_COMPARED = ("at equal tokens", "p", "tokens", "at equal wall-clock", "p", "wall-clock")
+_COST = ("needed, s", "selecting, s", "training, s", "overhead")
+_PLACES = {"name", "storage", "seed", "tracking", *(f"data.{name}" for name in ("train", "target"))}
+"""Of a run's configuration: what says where and which, not how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table as text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int
+    """Columns at the left that hold words, not numbers."""
+
+
+def write_leaderboard(folder: Path) -> Board:
+    """Write all three; returns what they say.
+
+    Raises:
+        UserError: the folder is no experiment's, or a run folder in it is damaged.
+    """
+    grid = read_grid(folder)
+    board = build_board(grid)
+    shown = tables(grid, board)
+    write_whole(folder / f"{LEADERBOARD}.md", _markdown(grid, board, shown))
+    write_whole(folder / f"{LEADERBOARD}.json", json.dumps(content(grid, board), indent=2) + "\n")
+    environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
+    page = environment.get_template("experiment.html").render(**sections(grid, board, shown))
+    write_whole(folder / f"{LEADERBOARD}.html", page)
+    return board
+
+
+def tables(grid: Grid, board: Board) -> list[Table]:
+    """A leaderboard for each size, best first, and one table of the other comparisons."""
+    label, several = grid.experiment.label, len(grid.experiment.sizes) > 1
+    result = []
+    for size in grid.experiment.sizes:
+        rows = [row for row in board.rows if row.size == size]
+        rows.sort(key=lambda row: row.losses[grid.experiment.measure].mean if row.losses else float("inf"))
+        header = ("method", "seeds", *(f"loss, {name}" for name in board.sets), *_COMPARED, *_COST)
+        lines = tuple(_line(row, board.sets) for row in rows)
+        result.append(Table(size if several else "Leaderboard", header, lines, 1))
+    if board.pairs:
+        header = (*(("size",) if several else ()), "method", "against", "seeds", *_COMPARED)
+        lines = tuple(
+            (*((p.size,) if several else ()), label(p.method), label(p.other), str(len(p.seeds)), *_compared(p))
+            for p in board.pairs
+        )
+        result.append(Table("Against one another", header, lines, 3 if several else 2))
+    return result
+
+
+def _line(row: Row, sets: Sequence[str]) -> tuple[str, ...]:
+    name = f"{row.label} ({row.kind})" if row.kind != "method" else row.label
+    if not row.seeds:
+        return (name, "0", *[""] * (len(sets) + len(_COMPARED) + len(_COST)))
+    losses = [_spread(row.losses[name]) if name in row.losses else "another set" for name in sets]
+    compared = _compared(row.versus) if row.versus else [""] * len(_COMPARED)
+    cost = [f"{row.needed_s:.0f}", f"{row.selecting_s:.0f}", f"{row.training_s:.0f}", f"{row.overhead:.1%}"]
+    return (name, str(len(row.seeds)), *losses, *compared, *cost)
+
+
+def _compared(one: Comparison) -> list[str]:
+    at_tokens, at_wall = signed(one.at_tokens.interval), signed(one.at_wall.interval)
+    return [at_tokens, _p(one.p_tokens), share(one.tokens), at_wall, _p(one.p_wall), share(one.wall)]
+
+
+def _spread(found: Interval) -> str:
+    return f"{found.mean:.4f}" + (f" ± {found.half:.4f}" if found.half is not None else "")
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def legend(grid: Grid) -> str:
+    """What the columns mean."""
+    experiment = grid.experiment
+    seeds = ", ".join(map(str, experiment.seeds))
+    return (
+        f"Losses in nats per token over whole sets, mean ± half of the 95 % interval over seeds {seeds}; "
+        f"{experiment.measure} decides. At equal tokens, at equal wall-clock: its loss minus that of the one it is "
+        f"compared with (in the leaderboard {experiment.label(experiment.baseline)}), within seeds, with 95 % interval "
+        "and p of the paired t test, corrected by Holm for the methods of a size. Tokens, wall-clock: what it took to "
+        "get to the other's last loss, as a part of what the other took. Wall-clock is training, selecting with its "
+        "proxy LMs, and the runs that were needed."
+    )
+
+
+def _markdown(grid: Grid, board: Board, shown: Sequence[Table]) -> str:
+    parts = [f"# Experiment {grid.experiment.name}", _budget(grid)]
+    for table in shown:
+        rule = ["---"] * table.words + ["---:"] * (len(table.header) - table.words)
+        lines = [table.header, rule, *table.rows]
+        text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        parts += [f"## {table.title}", text]
+    parts += [legend(grid), "## Verdict", "\n".join(f"- {line}" for line in board.verdict) or "Nothing is done yet."]
+    if board.notes:
+        parts += ["## Notes", "\n".join(f"- {line}" for line in board.notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _budget(grid: Grid) -> str:
+    sizes = {cell.size: outcome for cell, outcome in grid.outcomes.items()}
+    told = [f"{o.tokens / 1e6:,.2f} M tokens a run (LM {o.run.config.lm.preset})" for o in sizes.values()]
+    return "; ".join(f"{size}: {text}" for size, text in zip(sizes, told, strict=True)) + "." if told else ""
+
+
+def content(grid: Grid, board: Board) -> dict[str, Any]:
+    """What leaderboard.json holds: figures of all cells too, and how each method was configured; no folders' names."""
+    experiment = grid.experiment
+    return {
+        "experiment": {key: value for key, value in asdict(experiment).items() if key != "storage"},
+        "measure": experiment.measure,
+        "versions": versions(),
+        "devices": sorted({device for record in grid.records.values() for device in record.get("devices", [])}),
+        "rows": [asdict(row) for row in board.rows],
+        "pairs": [asdict(pair) for pair in board.pairs],
+        "verdict": board.verdict,
+        "notes": board.notes,
+        "configurations": {
+            f"{cell.size}/{cell.method}": _differences(outcome.run.config) for cell, outcome in grid.outcomes.items()
+        },
+        "cells": {
+            cell.path: {"state": grid.state(cell), **(_figures(grid.outcomes[cell]) if cell in grid.outcomes else {})}
+            | {key: grid.records.get(cell, {}).get(key) for key in ("needs", "devices", "versions", "at_once")}
+            for cell in grid.cells
+        },
+    }
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "tokens": outcome.tokens,
+        "workers": outcome.run.summary["workers"],
+        "losses": outcome.finals,
+        "sets": outcome.digests,
+        "needed_s": outcome.needed_s,
+        "selecting_s": outcome.selecting_s,
+        "training_s": outcome.training_s,
+        "overhead": outcome.overhead,
+        "curves": {name: asdict(outcome.curve(name)) for name in outcome.finals},
+    }
+
+
+def _differences(config: RunConfig) -> dict[str, Any]:
+    """Dotted keys that differ from the defaults, but for places."""
+    ours, defaults = dotted(to_dict(config)), dotted(to_dict(RunConfig()))
+    skipped = (*_PLACES, *NEEDS)
+    return {
+        key: value
+        for key, value in ours.items()
+        if value != defaults.get(key)
+        and not key.startswith(("data.held_out", "data.more_targets", "prepare."))
+        and not any(key == place or key.startswith(f"{place}.") for place in skipped)
+    }
+
+
+def sections(grid: Grid, board: Board, shown: Sequence[Table]) -> dict[str, Any]:
+    """What leaderboard.html, the part of a page, is filled with, and the page around it."""
+    return {
+        "name": grid.experiment.name,
+        "budget": _budget(grid),
+        "tables": shown,
+        "legend": legend(grid),
+        "verdict": board.verdict,
+        "notes": board.notes,
+        "losses": [
+            (_place(grid, size, name), *(_curves(grid, size, name, over) for over in ("tokens", "seconds")))
+            for size in grid.experiment.sizes
+            for name in board.sets
+            if any(cell.size == size for cell in grid.outcomes)
+        ],
+        "versions": versions(),
+    }
+
+
+def _place(grid: Grid, size: str, name: str) -> str:
+    return f"{size}, {name}" if len(grid.experiment.sizes) > 1 else name
+
+
+def _curves(grid: Grid, size: str, name: str, over: str) -> str:
+    """The methods' mean loss of a set over training with 95 % intervals, without the first point, before training."""
+    experiment, lines = grid.experiment, []
+    for method in experiment.methods:
+        curves = [o.curve(name) for o in grid.of(size, method).values() if name in o.finals]
+        points = min((len(curve.losses) for curve in curves), default=0)
+        if points < 2:
+            continue
+        kind = "null" if experiment.methods[method].is_null else "baseline" if method == experiment.baseline else ""
+        xs = [curve.tokens if over == "tokens" else curve.seconds for curve in curves]
+        lines.append(
+            figures.Line(
+                label=experiment.label(method),
+                kind=kind,
+                x=[sum(x[k] for x in xs) / len(xs) for k in range(1, points)],
+                y=[interval([curve.losses[k] for curve in curves]) for k in range(1, points)],
+            )
+        )
+    return figures.curves(lines, over)
