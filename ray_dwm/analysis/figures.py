@@ -98,7 +98,7 @@ class Line:
 def curves(lines: list[Line], over: str) -> str:
     """Mean losses with 95 % intervals against `tokens` or `seconds`."""
     scale = 1e6 if over == "tokens" else 1.0
-    with _figure(8.6, 3.8) as (_, axes, out):
+    with figure(8.6, 3.8) as (_, axes, out):
         for index, line in enumerate(lines):
             plain = {"baseline": (UNIFORM, "-"), "null": (UNIFORM, ":")}
             own = (PALETTE[index % len(PALETTE)], "-" if index < len(PALETTE) else "--")
