@@ -71,6 +71,8 @@ def joint(probe: Mapping[str, Any] | None) -> str:
 
 
 def _percent(share: float) -> str:
+    if share < 0.001:
+        return "less than 0.1 %"
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 

@@ -5,6 +5,7 @@ Nothing here knows Ray: what is done with many rows goes through a sweep (select
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,8 +101,12 @@ class _Study:
         reasons = {"compression_ratio": no_text, "bytes_per_token": no_text, "dsir": no_target}
         reasons |= {"target_cosine": no_target, "reference_perplexity": "no reference LM was named (--reference)"}
         self.left_out |= {name: reason for name, reason in reasons.items() if name not in found}
-        if not np.isfinite(found.get("reference_perplexity", np.zeros(1))).all():
-            raise DataError(f"the reference LM {self.asked.reference} has diverged: name another (--reference)")
+        loss, guessing = np.log(found.get("reference_perplexity", np.ones(1))).mean(), math.log(self.pool.vocab_size)
+        if not loss < guessing:  # so that NaN does not pass
+            raise DataError(
+                f"the reference LM {self.asked.reference} has a loss of {loss:.3f} nats a token, guessing has "
+                f"{guessing:.3f}: name one that has learnt something, or none (--reference)"
+            )
 
     def rows_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of the pool by sample id."""

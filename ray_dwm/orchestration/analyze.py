@@ -17,7 +17,7 @@ from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.engine.setup import target_sets
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.orchestration.cluster import connect
-from ray_dwm.orchestration.proxies import named_lm, ready_proxies
+from ray_dwm.orchestration.proxies import named_lm
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.orchestration.work import work_folder
 
@@ -99,7 +99,6 @@ def preferences_of(run: Run, asked: Analysis, reference: str = "") -> dict[str, 
     connect(config)
     with work_folder(path.absolute(), depends_on) as work:
         sweep = RaySweep(work, config.selection, f"[{run.name}] ")
-        ready_proxies((lm,) if lm else (), pool, sweep)
         numbers = preferences(run, wanted, sweep)
         content = {"depends_on": depends_on, "versions": versions(), "reference": reference, **numbers}
         write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -40,6 +40,8 @@ def test_the_joint_effect() -> None:
         "Weighed again in random batches of 64, of the variance of a sequence's log weight 2 % (late) lie in how it is "
         "judged in its company; late, 8 % lie in the level of the batch and the rest in the sequence itself."
     )
+    probe["joint"]["late"] = {"sequence": 1.0, "batch": 0.0, "company": 1e-6}
+    assert "less than 0.1 % (late) lie in how" in joint(probe)
     probe["joint"].pop("late")
     assert joint(probe) == "The DWM weighed all of the probe alike."
     assert joint(None) == ""

@@ -20,6 +20,7 @@ from ray_dwm.analysis.preferences import Asked, preferences
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
+from ray_dwm.selection.perplexity import LogLikelihoods
 
 STEPS = 36
 
@@ -95,19 +96,28 @@ def test_the_probe_of_a_learnt_dwm(tmp_path: Path) -> None:
 
 def test_the_perplexity_of_a_reference_lm(tmp_path: Path) -> None:
     """Weights that are lower the higher the perplexity is, by an LM that is the same."""
-    from ray_dwm.selection.perplexity import LogLikelihoods
-
-    tiny_lm().save_pretrained(tmp_path / "lm")
-    score = LogLikelihoods((str(tmp_path / "lm"),), 16)
+    folder = reference_lm(tmp_path)
+    score = LogLikelihoods((str(folder),), 16)
     run = planted(tmp_path, lambda step, rows: 20 * score(rows)["score"])
-    numbers = found(run, reference=str(tmp_path / "lm"))
+    numbers = found(run, reference=str(folder))
     assert all(e["value"] < -0.99 for e in numbers["features"]["reference_perplexity"].values())
     assert "reference_perplexity" not in numbers["left_out"]
-    broken = tiny_lm()
-    broken.model.norm.weight.data[0] = np.nan
-    broken.save_pretrained(tmp_path / "broken")
-    with pytest.raises(DataError, match="has diverged"):
-        found(run, reference=str(tmp_path / "broken"))
+
+
+def reference_lm(root: Path) -> Path:
+    """An LM that knows a little of the target set that the synthetic runs have."""
+    write_run(root / "for_lm", "u", method="uniform", final=3.0)
+    tiny_lm(root / "for_lm" / "shards" / "target", steps=20).save_pretrained(root / "lm")
+    return root / "lm"
+
+
+@pytest.mark.parametrize(("bad", "loss"), [(np.nan, "nan"), (0.0, r"4\.159")])
+def test_a_reference_lm_that_knows_nothing(tmp_path: Path, bad: float, loss: str) -> None:
+    lm = tiny_lm()
+    lm.model.norm.weight.data[:] = bad
+    lm.save_pretrained(tmp_path / "broken")
+    with pytest.raises(DataError, match=f"has a loss of {loss} nats a token, guessing has 4.159"):
+        found(planted(tmp_path, diverse_late), reference=str(tmp_path / "broken"))
 
 
 def test_shards_that_are_others_now(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from lms import tiny_lm
 from local import sweep
 from synthetic_runs import write_run
-from test_preferences import diverse_late, planted
+from test_preferences import diverse_late, planted, reference_lm
 
 from ray_dwm.analysis.preferences import Asked, preferences
 from ray_dwm.analysis.report import write_report
@@ -37,7 +37,7 @@ def driver(cluster: dict[str, str]) -> Any:
 def test_preferences_of_a_pair_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = planted(tmp_path, diverse_late)
     partner = uniform(tmp_path)
-    tiny_lm().save_pretrained(partner / "hf")
+    shutil.copytree(reference_lm(tmp_path), partner / "hf")
     asked = Analysis(output=tmp_path / "report.html", samples=500, numbers=tmp_path / "numbers.json")
     analyze([partner, run.folder], asked)
     kept = read_json(run.folder / "preferences.json")
