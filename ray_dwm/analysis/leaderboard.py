@@ -27,6 +27,8 @@ class Row:
     label: str
     kind: Kind
     seeds: tuple[int, ...]
+    failed: int
+    """Cells that are not done because they have failed."""
     losses: dict[str, Interval]
     """Evaluation set -> loss over all of it; without sets that are others than the baseline's of that name."""
     needed_s: float
@@ -96,6 +98,7 @@ def _row(grid: Grid, size: str, method: str, versus: Comparison | None) -> Row:
         label=experiment.label(method),
         kind="null" if experiment.methods[method].is_null else kind,
         seeds=tuple(outcomes),
+        failed=sum((c.size, c.method) == (size, method) and grid.state(c).startswith("failed") for c in grid.cells),
         losses={name: interval([one.finals[name] for one in done]) for name in _comparable(grid, done)},
         needed_s=_mean([one.needed_s for one in done]),
         selecting_s=_mean([one.selecting_s for one in done]),

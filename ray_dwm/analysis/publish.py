@@ -57,11 +57,11 @@ def write_leaderboard(folder: Path) -> Board:
 
 
 def tables(grid: Grid, board: Board) -> list[Table]:
-    """A leaderboard for each size, best first, and one table of the other comparisons."""
+    """A leaderboard for each size, best first, of what has been run, and one table of the other comparisons."""
     label, several = grid.experiment.label, len(grid.experiment.sizes) > 1
     result = []
     for size in grid.experiment.sizes:
-        rows = [row for row in board.rows if row.size == size]
+        rows = [row for row in board.rows if row.size == size and (row.seeds or row.failed)]
         rows.sort(key=lambda row: row.losses[grid.experiment.measure].mean if row.losses else float("inf"))
         header = ("method", "seeds", *(f"loss, {name}" for name in board.sets), *_COMPARED, *_COST)
         lines = tuple(_line(row, board.sets) for row in rows)
@@ -78,12 +78,13 @@ def tables(grid: Grid, board: Board) -> list[Table]:
 
 def _line(row: Row, sets: Sequence[str]) -> tuple[str, ...]:
     name = f"{row.label} ({row.kind})" if row.kind != "method" else row.label
+    seeds = str(len(row.seeds)) + (f", {row.failed} failed" if row.failed else "")
     if not row.seeds:
-        return (name, "0", *[""] * (len(sets) + len(_COMPARED) + len(_COST)))
+        return (name, seeds, *[""] * (len(sets) + len(_COMPARED) + len(_COST)))
     losses = [_spread(row.losses[name]) if name in row.losses else "another set" for name in sets]
     compared = _compared(row.versus) if row.versus else [""] * len(_COMPARED)
     cost = [f"{row.needed_s:.0f}", f"{row.selecting_s:.0f}", f"{row.training_s:.0f}", f"{row.overhead:.1%}"]
-    return (name, str(len(row.seeds)), *losses, *compared, *cost)
+    return (name, seeds, *losses, *compared, *cost)
 
 
 def _compared(one: Comparison) -> list[str]:

@@ -206,7 +206,9 @@ def test_files_say_the_same_and_hold_every_cell(experiment: ExperimentConfig) ->
     write_leaderboard(experiment.folder)
     text = (experiment.folder / "leaderboard.md").read_text()
     lines = text.splitlines()
-    # Best first; the two that have not been run come last, with empty columns.
+    # Best first; what has not been run is left out, what has failed is not.
+    assert any(line.startswith("| DWM \\| learnt | 2, 1 failed |") for line in lines)
+    assert not any(line.startswith("| loss") for line in lines)
     assert lines.index(next(x for x in lines if x.startswith("| DWM \\| learnt"))) < lines.index(
         next(x for x in lines if x.startswith("| uniform (baseline)"))
     )
