@@ -43,9 +43,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bilevel.py
 	$(BIN)/python benchmarks/memory_model.py
 
-# Resumes; about two hours on two cores.
+# Resumes; hours on two cores. The table is runs/selection/leaderboard.md.
 selection-table: $(STAMP)
-	$(BIN)/python benchmarks/selection_table.py
+	$(BIN)/ray-dwm experiment configs/experiments/selection.yaml
 
 clean:
 	rm -rf $(VENV) build *.egg-info
