@@ -224,24 +224,21 @@ def analyze(
     numbers: Annotated[Path | None, typer.Option("--json", help="Also write what was measured as JSON.")] = None,
 ) -> None:
     """Write report.html: losses, what was preferred and when, favoured texts, overhead."""
-    from ray_dwm.orchestration.analyze import Analysis
-    from ray_dwm.orchestration.analyze import analyze as run
+    from ray_dwm.orchestration import analyze as analysis
 
     _check_output(output)
     _check_output(numbers, "--json")
-    folders = [Path(name) for name in runs if "=" not in name or Path(name).exists()]
-    if not folders:
-        raise UserError("no run folder is named: ray-dwm analyze RUN...")
-    asked = Analysis(
+    folders, overrides = analysis.apart(runs)
+    asked = analysis.Analysis(
         output=output,
         samples=samples,
         seed=seed,
         reference=reference,
         preferences=preferences,
         numbers=numbers,
-        overrides=tuple(name for name in runs if Path(name) not in folders),
+        overrides=overrides,
     )
-    run(folders, asked)
+    analysis.analyze(folders, asked)
     typer.echo(f"report: {output}")
 
 

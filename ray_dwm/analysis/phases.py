@@ -6,6 +6,7 @@ Legend: S = recorded steps, B = sequences of the global batch, r = of those the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +44,7 @@ class Batches:
     def take(self, steps: NDArray[np.integer], columns: NDArray[np.integer] | None = None) -> Batches:
         """Some of the steps, by number, and of each some columns, (steps, r)."""
 
-        def of(values_SB: NDArray[np.generic]) -> NDArray[np.generic]:
+        def of(values_SB: NDArray[Any]) -> NDArray[Any]:
             part = values_SB[steps]
             return part if columns is None else np.take_along_axis(part, columns, axis=1)
 

@@ -76,9 +76,9 @@ class Matrix:
 
     def put(self, a: int, b: int, value: float, draws_R: Floats) -> None:
         """Put a number and the percentile interval of its resamples in both places."""
-        bounds = (np.nan, np.nan) if np.isnan(draws_R).all() else np.nanquantile(draws_R, TAILS)
+        low, high = np.nanquantile(draws_R, TAILS) if not np.isnan(draws_R).all() else (np.nan, np.nan)
         for place in ((a, b), (b, a)):
-            self.value_PP[place], self.low_PP[place], self.high_PP[place] = value, *bounds
+            self.value_PP[place], self.low_PP[place], self.high_PP[place] = value, low, high
 
     def plain(self) -> dict[str, list[list[float | None]]]:
         """As JSON has it."""

@@ -42,6 +42,18 @@ class Analysis:
     """Of section `selection`: how the work is cut and placed."""
 
 
+def apart(named: Sequence[str]) -> tuple[list[Path], tuple[str, ...]]:
+    """Run folders and overrides, as the console has them side by side.
+
+    Raises:
+        UserError: no folder is among them.
+    """
+    overrides = tuple(name for name in named if "=" in name and not Path(name).exists())
+    if len(overrides) == len(named):
+        raise UserError("no run folder is named: ray-dwm analyze RUN...")
+    return [Path(name) for name in named if name not in overrides], overrides
+
+
 def analyze(folders: Sequence[Path], asked: Analysis) -> None:
     """Write the report of runs, after the preferences of those with weights have been measured or found.
 

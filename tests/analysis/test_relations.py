@@ -65,14 +65,14 @@ def test_the_feature_whose_effect_changes_is_named() -> None:
 def test_weights_that_say_nothing() -> None:
     """Over seeds, p is spread out and intervals miss 0 about as often as they may."""
     null, missed, count = [], 0, 0
-    for seed in range(12):
+    for seed in range(8):
         found = planted(seed, {})
         null.append(found["phases_differ"]["p"])
         for of_phase in found["features"].values():
             missed += sum(not e["low"] <= 0 <= e["high"] for e in of_phase.values())
             count += len(of_phase)
-    assert np.mean(np.array(null) < 0.05) <= 2 / 12 and np.mean(null) > 0.25
-    assert missed / count < 0.12  # of 108
+    assert np.mean(np.array(null) < 0.05) <= 1 / 8 and np.mean(null) > 0.25
+    assert missed / count < 0.12  # of 72
 
 
 def test_domains() -> None:

@@ -22,7 +22,7 @@ from ray_dwm.cli import main
 from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import data_digests
 from ray_dwm.errors import UserError
-from ray_dwm.orchestration.analyze import Analysis, analyze, preferences_of
+from ray_dwm.orchestration.analyze import Analysis, analyze, apart, preferences_of
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_preferences_of_a_pair_of_runs(tmp_path: Path, capsys: pytest.CaptureFix
     assert not list(run.folder.glob(".*.work"))
 
     capsys.readouterr()
-    analyze([partner, run.folder], asked)
+    assert preferences_of(run, asked, str(partner)) == kept
     assert "preferences are there already" in capsys.readouterr().out
     others = preferences_of(run, Analysis(output=tmp_path / "r.html", samples=500, seed=1), str(partner))
     assert others["phases_differ"] != kept["phases_differ"] and others["depends_on"] != kept["depends_on"]
@@ -103,6 +103,14 @@ def test_what_cannot_be_measured_is_told_before_anything_starts(
         analyze([folder], Analysis(output=tmp_path / "report.html", numbers=numbers, **options))
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert sorted(path.name for path in folder.iterdir()) == before and not (tmp_path / "report.html").exists()
+
+
+def test_folders_and_overrides_stand_side_by_side(tmp_path: Path) -> None:
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    assert apart(["x", "selection.tasks=4", str(folder)]) == ([Path("x"), folder], ("selection.tasks=4",))
+    with pytest.raises(UserError, match="no run folder is named"):
+        apart(["selection.tasks=4"])
 
 
 def test_a_report_without_preferences_of_a_short_run(
