@@ -1,0 +1,40 @@
+"""The console: parse, load the configuration, make one call. Exit codes: 0 done, 1 the run failed, 2 wrong input."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ray_dwm.cli.beforehand import doctor, plan
+from ray_dwm.cli.data import prepare, score, select
+from ray_dwm.cli.results import analyze, evaluate, export
+from ray_dwm.cli.training import compare, experiment, train
+from ray_dwm.errors import DwmError
+
+COMMANDS = (prepare, select, score, train, doctor, evaluate, export, analyze, plan, compare, experiment)
+"""In the order in which `--help` names them."""
+
+app = typer.Typer(
+    help="Pre-train LMs with a learned Data Weighting Model on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def main() -> None:
+    """Console entry point: one clear line instead of a traceback where this package raised the error."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        app()
+    except DwmError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # as of `| head`: nobody is left to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
