@@ -22,6 +22,7 @@ from ray_dwm.sections import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
+    EvaluationConfig,
     LmConfig,
     ParallelConfig,
     PrepareConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "ClusterConfig",
     "DataConfig",
     "DwmConfig",
+    "EvaluationConfig",
     "LmConfig",
     "ParallelConfig",
     "PrepareConfig",
@@ -72,6 +74,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         require(bool(NAME.fullmatch(self.name)), f"name is {self.name!r}: use letters, digits, _ - and ., at most 128")
@@ -84,6 +87,12 @@ class RunConfig:
         require(
             not self.train.profile or self.train.profile_first < self.train.steps,
             f"train.profile_first is {self.train.profile_first}, but the run has {self.train.steps} steps: lower it",
+        )
+        every = self.evaluation.every
+        require(
+            every % self.checkpoint.every == 0,
+            f"evaluation.every is {every}: checkpoints are evaluated, so it must be a multiple of checkpoint.every = "
+            f"{self.checkpoint.every}",
         )
         if self.learns_dwm:
             self._check_fraction()
