@@ -88,7 +88,12 @@ class RunConfig:
             not self.train.profile or self.train.profile_first < self.train.steps,
             f"train.profile_first is {self.train.profile_first}, but the run has {self.train.steps} steps: lower it",
         )
-        every = self.evaluation.every
+        every, takes = self.evaluation.every, self.evaluation.cpus + self.evaluation.gpus
+        require(
+            not (self.cluster.elastic and every and takes),
+            "evaluation.cpus and evaluation.gpus must be 0 where cluster.workers is elastic, because Ray counts all of "
+            "a node as the workers'",
+        )
         require(
             every % self.checkpoint.every == 0,
             f"evaluation.every is {every}: checkpoints are evaluated, so it must be a multiple of checkpoint.every = "

@@ -30,6 +30,7 @@ def main() -> None:
     """Console entry point: one clear line instead of a traceback where this package raised the error."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched unasked; read once, when the libraries come in
     try:
         app()
     except DwmError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +16,11 @@ def evaluate(
     lm: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder.")],
     shards: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Folders of token shards; none and no --tasks: the run's target and held-out sets."
-        ),
+        typer.Argument(help="Folders of token shards; none and no --tasks: the run's target and held-out sets."),
     ] = None,
     tasks: Annotated[
         str,
-        typer.Option(
-            help="Task files, folders of them, lm-eval's own tasks, as a.jsonl,sciq (docs/evaluation.md)."
-        ),
+        typer.Option(help="Task files, folders of them, lm-eval's own tasks, as a.jsonl,sciq (docs/evaluation.md)."),
     ] = "",
     shots: Annotated[str, typer.Option(help="Examples in the context of each item: every task with 0,2.")] = "0",
     batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 32,
@@ -41,7 +36,6 @@ def evaluate(
     ] = None,
 ) -> None:
     """Perplexity and bits-per-byte of an LM per domain, and its scores in tasks, all with standard errors."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Hugging Face's libraries come in: they read it once
     from ray_dwm.evaluation import judge
 
     check_output(output)

@@ -9,7 +9,15 @@ MESSAGES = "messages.log"
 
 def say(run_dir: Path, text: str) -> None:
     """One line, by one rank; the file is for those who do not see a worker's output, as on Ray."""
-    line = f"[{run_dir.name}] {text}"
-    print(line, flush=True)
+    print(_line(run_dir, text), flush=True)
+    note(run_dir, text)
+
+
+def note(run_dir: Path, text: str) -> None:
+    """The same, to the file alone."""
     with (run_dir / MESSAGES).open("a") as stream:
-        stream.write(line + "\n")
+        stream.write(_line(run_dir, text) + "\n")
+
+
+def _line(run_dir: Path, text: str) -> str:
+    return f"[{run_dir.name}] {text}"

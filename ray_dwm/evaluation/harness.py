@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,13 +51,11 @@ class Tasks:
             DataError: a task is unknown, a file is not good, or a data set is not on this disk.
         """
         require_lm_eval()
-        from lm_eval.tasks import TaskManager
-
         files, others = find_tasks(names)
         self.sha256 = {task.name: task.sha256 for task in files}
         self._items = {task.name: len(task.items) for task in files}
         self._specs = [*(str(write_task(task, folder)) for task in files), *others]
-        self._manager = TaskManager(include_defaults=bool(others))  # it reads thousands of files to know its own
+        self._manager = _manager(bool(others))
         for name in others:
             if name not in self._manager.all_tasks:
                 near = get_close_matches(name, self._manager.all_tasks, n=1)
@@ -167,6 +166,14 @@ class Tasks:
                     )
                 )
         return scores
+
+
+@lru_cache
+def _manager(own: bool) -> Any:
+    """lm-eval's index of tasks; thousands of files are read where it is to know its own."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=own)
 
 
 def _load_lm(path: Path, batch: int, device: str) -> Any:

@@ -26,12 +26,14 @@ _CHOICE = {
     "doc_to_text": "context",
     "doc_to_choice": "choices",
     "doc_to_target": "gold",
+    "target_delimiter": " ",
     "metric_list": [{"metric": "acc", **_MEAN}, {"metric": "acc_norm", **_MEAN}],
 }
 _CLOZE = {
     "output_type": "loglikelihood",
     "doc_to_text": "context",
-    "doc_to_target": "last_word",
+    "doc_to_target": "{{' ' + last_word}}",
+    "target_delimiter": "",  # of this kind of task lm-eval puts it into examples alone
     "metric_list": [
         {"metric": "acc", **_MEAN},
         {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
@@ -115,6 +117,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
+def is_path(name: str) -> bool:
+    """Whether a task's name is that of a file or folder, and not one of lm-eval's own."""
+    return name.endswith(SUFFIX) or "/" in name or Path(name).expanduser().is_dir()
+
+
 def find_tasks(names: Sequence[str]) -> tuple[list[TaskFile], list[str]]:
     """Task files, those of folders too, and what is left: names of lm-eval's own tasks.
 
@@ -125,15 +132,13 @@ def find_tasks(names: Sequence[str]) -> tuple[list[TaskFile], list[str]]:
     others: list[str] = []
     for name in names:
         path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(path.glob(f"*{SUFFIX}"))
-            if not found:
-                raise DataError(f"folder {path} has no task files: it must hold *{SUFFIX}")
-            files += map(read_task, found)
-        elif name.endswith(SUFFIX) or "/" in name:
-            files.append(read_task(path))
-        else:
+        if not is_path(name):
             others.append(name)
+            continue
+        found = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+        if not found:
+            raise DataError(f"folder {path} has no task files: it must hold *{SUFFIX}")
+        files += map(read_task, found)
     known = [*(task.name for task in files), *others]
     if twice := sorted({name for name in known if known.count(name) > 1}):
         raise DataError(f"two tasks are named {twice[0]}: rename one of the files, or leave one out")
@@ -151,7 +156,6 @@ def write_task(task: TaskFile, folder: Path) -> Path:
         "dataset_kwargs": {"data_files": {"test": str(items)}, "cache_dir": str(items.parent / ".cache")},
         "test_split": "test",
         "fewshot_split": "test",  # lm-eval leaves the item itself out of its examples
-        "target_delimiter": " ",
         **(_CLOZE if "last_word" in task.items[0] else _CHOICE),
         "metadata": {"version": 1.0, "sha256": task.sha256},
     }

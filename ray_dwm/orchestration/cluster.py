@@ -111,13 +111,16 @@ def warn_if_temporary(key: str, folder: str) -> None:
 def needed(config: RunConfig, workers: int) -> dict[str, float]:
     """Logical resources that a run of so many workers holds at the same time."""
     cluster, dwm = config.cluster, config.learns_dwm
-    gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
+    beside = config.evaluation.gpus if config.evaluation.every else 0.0
+    gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0) + beside
     return {"CPU": _cpus(config, dwm, workers), "GPU": gpus}
 
 
 def _cpus(config: RunConfig, dwm: bool, workers: int) -> int:
     cluster = config.cluster
     beside = 0.0 if cluster.elastic else (actor_cpus(config) if dwm else 0) + DRIVER_HEADROOM_CPUS
+    if config.evaluation.every:
+        beside += config.evaluation.cpus
     return math.ceil(workers * cluster.cpus_per_worker + beside)
 
 
