@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import Interval
+from ray_dwm.evaluation.scores import Evaluation, Score
 
 UNIFORM, DWM, INK, GRID = "#8a8f98", "#2f6fde", "#30343b", "#e6e8ec"
 PALETTE = ["#2f6fde", "#e0672f", "#2a9d74", "#c23f6d", "#8759c9", "#b8860b", "#1d9bb0", "#7a5c3e", "#6b7280", "#5a8f29"]
@@ -80,6 +81,20 @@ def losses(runs: list[Run], key: str, over: str) -> str:
             axes.plot(np.array(x[1:]) / scale, y[1:], color=_colour(run), marker="o", markersize=3, label=run.name)
         axes.set_xlabel("million tokens" if over == "tokens" else "seconds of training")
         axes.set_ylabel("loss, nats per token")
+        axes.legend(frameon=False)
+    return out[0]
+
+
+def scores(lines: Sequence[tuple[Run, Sequence[tuple[Evaluation, Score]]]], metric: str) -> str:
+    """A task's scores of all runs against tokens, with one standard error to both sides."""
+    with figure() as (_, axes, out):
+        for run, points in lines:
+            x = [(evaluation.tokens or 0) / 1e6 for evaluation, _ in points]
+            errors = [score.error or 0.0 for _, score in points]
+            style: dict[str, Any] = {"color": _colour(run), "marker": "o", "markersize": 3, "capsize": 2}
+            axes.errorbar(x, [score.value for _, score in points], errors, label=run.name, **style)
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel(metric)
         axes.legend(frameon=False)
     return out[0]
 

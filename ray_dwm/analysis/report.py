@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from ray_dwm.analysis import figures
 from ray_dwm.analysis.preference_section import section
 from ray_dwm.analysis.runs import Run, open_run, versions
+from ray_dwm.analysis.tasks_section import tasks_section
 from ray_dwm.analysis.verdict import differences, verdict
 from ray_dwm.config import BilevelConfig, to_yaml
 from ray_dwm.data.records import write_whole
@@ -53,6 +54,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
             )
             for key in shown.keys("val/")
         ],
+        "tasks": tasks_section(runs),
         "weighted": _weighted(weighted) if weighted else None,
         "configs": [(run.name, to_yaml(run.config)) for run in runs],
         "versions": versions(),
