@@ -215,12 +215,11 @@ def guard(
         known: see `overlaps`.
     """
     sets = {_named(name): load_manifest(folder) for name, folder in targets.items()}
-    pool = {"the training set": load_manifest(train)} if train else {}
-    told = list(known)
-    found = overlaps(tasks, {**pool, **sets}, told)
-    if pool and sets:
-        found += overlaps({name: row_texts(of) for name, of in sets.items()}, pool, told)
-    return found
+    told, found = list(known), []
+    if train:
+        rows = {name: row_texts(of) for name, of in sets.items()}
+        found = overlaps({**tasks, **rows}, {"the training set": load_manifest(train)}, told)
+    return found + overlaps(tasks, sets, told)
 
 
 def _named(target: str) -> str:
