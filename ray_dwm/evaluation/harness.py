@@ -36,6 +36,18 @@ def require_lm_eval() -> None:
         raise UserError(f"tasks need {missing[0]}, which is not installed: pip install 'ray_dwm[eval]'")
 
 
+def require_lm(lm: Path) -> Path:
+    """Where the LM of a run folder or a Hugging Face folder lies.
+
+    Raises:
+        UserError: the folder is neither.
+    """
+    path = lm_folder(lm)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{lm} is neither a finished run folder nor a Hugging Face folder: name one of these")
+    return path
+
+
 class Tasks:
     """Some tasks, ready to be scored on any number of LMs."""
 
@@ -121,9 +133,7 @@ class Tasks:
             UserError: the folder is none, or a task has too few examples.
         """
         self.check_shots(shots)
-        path = lm_folder(lm)
-        if not (path / "config.json").is_file():
-            raise UserError(f"{lm} is neither a finished run folder nor a Hugging Face folder: name one of these")
+        path = require_lm(lm)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with _quiet():
             model = _load_lm(path, batch, device)
@@ -146,7 +156,7 @@ class Tasks:
         try:
             given = {"tasks": list(loaded.values()), "task_manager": self._manager}
             found = simple_evaluate(model, num_fewshot=shots, **given)
-        except (ValueError, AssertionError) as error:  # as where a data set has no examples to show
+        except (ValueError, AssertionError, ArithmeticError) as error:  # as where a data set has no examples to show
             raise DataError(f"lm-eval cannot score {', '.join(loaded)} with {shots} shots: {error}") from None
         scores = []
         for name in loaded:

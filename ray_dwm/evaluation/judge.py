@@ -16,7 +16,7 @@ from ray_dwm.config import RunConfig, load
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.errors import UserError
 from ray_dwm.evaluation.contamination import Overlap, guard, refuse
-from ray_dwm.evaluation.harness import Tasks
+from ray_dwm.evaluation.harness import Tasks, require_lm
 from ray_dwm.evaluation.perplexity import Result, evaluate_folders, format_table
 from ray_dwm.evaluation.scores import Evaluation, keep, read_overlaps, table, to_dict
 from ray_dwm.sections import MAX_OVERLAP
@@ -103,6 +103,7 @@ def judge(lm: Path, asked: Asked) -> tuple[Evaluation, list[Overlap]]:
     Raises:
         UserError: naming task, folder or option and the remedy; nothing is written.
     """
+    require_lm(lm)
     config, found = origin(lm), []
     if asked.guarded and config is None:
         raise UserError(

@@ -58,9 +58,10 @@ class Evaluations:
 
     def __init__(self, config: RunConfig, found: list[Overlap]) -> None:
         self._config, self._run_dir = config, config.run_dir
+        self._seen: set[int | None] = set()
         if config.evaluation.tasks:
             scores.keep(self._run_dir, None, map(asdict, found))
-        self._seen = {of.step for of in scores.read_evaluations(self._run_dir)}
+            self._seen.update(of.step for of in scores.read_evaluations(self._run_dir))
         self._running: tuple[int, Any] | None = None
         self._failed: list[str] = []
         self._training = True
@@ -98,11 +99,14 @@ class Evaluations:
             self._thread.join()
 
     def _watch(self) -> None:
+        told = ""
         while not self._stop.wait(_POLL_S):
             try:
                 self._look()
             except Exception as error:  # as of a file system that fails for a while: the next look may be better
-                self._tell(f"checkpoints cannot be looked at for their evaluation: {first_line(error)}")
+                before, told = told, f"checkpoints cannot be looked at for their evaluation: {first_line(error)}"
+                if told != before:
+                    self._tell(told)
 
     def _look(self) -> None:
         """One look at the run folder: take what has ended, start what is due."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,13 @@ def test_an_export_knows_what_it_was_trained_on_and_another_lm_does_not(run: Run
     guarded = evaluate(hf, "--tasks", file)
     assert "with the training set" in guarded and guarded.endswith(unguarded)
     assert not (run.run_dir / "evaluation.json").exists()  # it is not a run folder
+
+
+def test_a_run_that_has_not_ended_is_told_before_its_data_are_read(run: RunConfig, tmp_path: Path) -> None:
+    shutil.rmtree(run.run_dir / "hf")
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(UserError, match="neither a finished run folder nor a Hugging Face folder"):
+        evaluate(run.run_dir, "--tasks", task_file(tmp_path / "clean.jsonl", CLEAN))
 
 
 @pytest.mark.parametrize(
