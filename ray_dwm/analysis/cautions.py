@@ -185,6 +185,25 @@ def held_out(run: Run) -> list[str]:
     return [name for name in names if name not in target_sets(run.config)]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Warnings of one kind, as a page shows them."""
+
+    title: str
+    rule: str
+    found: dict[str, list[str]]
+    """What was measured -> whose it is."""
+
+
+def grouped(cautions: Iterable[tuple[str, Caution]]) -> list[Group]:
+    """Warnings by kind, and those that say the same once."""
+    groups: dict[tuple[str, str], Group] = {}
+    for whose, one in cautions:
+        group = groups.setdefault((one.title, one.rule), Group(one.title, one.rule, {}))
+        group.found.setdefault(one.found, []).append(whose)
+    return list(groups.values())
+
+
 def of_runs(runs: Sequence[Run], baseline: Run | None) -> list[tuple[str, Caution]]:
     """(whose, warning) of all runs of a report, those of pairs with uniform weights included."""
     found = []

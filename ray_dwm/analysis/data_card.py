@@ -49,8 +49,7 @@ def _sets(run: Run) -> Iterator[tuple[str, str, str]]:
     data = run.config.data
     yield "train", "trained on" if not run.config.in_stages else "the pool of which the stages were chosen", data.train
     for name, folder in target_sets(run.config).items():
-        used = run.config.target_draw is not None
-        yield name, "target set" + ("" if used else ", only evaluated in this run"), folder
+        yield name, "target set", folder
     for name, folder in data.held_out.items():
         yield name, "held out, only evaluated", folder
 
@@ -89,7 +88,7 @@ def domain_table(manifest: Manifest, weights: pa.Table | None) -> Table:
     """Domains, largest first, and what recorded weights made of them: `share of weight` is that of the LM's loss."""
     total = sum(stats.tokens for stats in manifest.domains.values())
     seen = _shares(weights) if weights is not None and weights.num_rows else {}
-    header = ("domain", "sequences", "tokens", "share", "bytes / token")
+    header = ("domain", "sequences", "tokens", "share", "bytes/token")
     rows = []
     for name, of in sorted(manifest.domains.items(), key=lambda item: -item[1].tokens):
         cells = (name, f"{of.rows:,}", f"{of.tokens:,}", f"{of.tokens / total:.1%}", f"{of.bytes_per_token:.2f}")

@@ -8,14 +8,15 @@ from statistics import fmean, median
 from typing import Any
 
 from ray_dwm.analysis import figures
-from ray_dwm.analysis.cautions import Caution
+from ray_dwm.analysis.cautions import Caution, grouped
 from ray_dwm.analysis.data_card import data_card, records_of_stages
 from ray_dwm.analysis.grid import Grid, Outcome
-from ray_dwm.analysis.results import overlaps
+from ray_dwm.analysis.results import overlaps, task_table
 from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.settings import settings_table
 from ray_dwm.analysis.statistics import Interval, interval
 from ray_dwm.analysis.tables import Table
+from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.manifest import find_manifest
 from ray_dwm.data.records import read_json
 from ray_dwm.selection.record import RECORD
@@ -33,12 +34,13 @@ def sections(grid: Grid, sets: Sequence[str], cautions: Cautions) -> dict[str, A
     first = next(iter(grid.outcomes.values()), None)
     places = [(size, name) for size in sizes for name in sets]
     return {
-        "cautions": cautions,
+        "cautions": grouped(cautions),
         "unchecked": [] if any(overlaps(o.run) is not None for o in grid.outcomes.values()) else ["contamination"],
         "losses": [
             (_place(grid, size, name), *(_losses(grid, size, name, over) for over in ("tokens", "seconds")))
             for size, name in places
         ],
+        "tasks": [table for size in sizes if (table := _tasks(grid, size)) is not None],
         "preferences": [
             (_place(grid, size, grid.experiment.label(method)), figure)
             for size in sizes
@@ -50,6 +52,11 @@ def sections(grid: Grid, sets: Sequence[str], cautions: Cautions) -> dict[str, A
         "cards": [data_card(first.run)] if first else [],
         "selections": [table for size in sizes if (table := _selections(grid, size)) is not None],
         "settings": [_settings(grid, size) for size in sizes],
+        "configs": [
+            (_place(grid, size, label), to_yaml(config))
+            for size in sizes
+            for label, config in _configs(grid, size).items()
+        ],
         "versions": versions(),
     }
 
@@ -84,6 +91,13 @@ def _losses(grid: Grid, size: str, name: str, over: str) -> str:
     return figures.curves(lines, over)
 
 
+def _tasks(grid: Grid, size: str) -> Table | None:
+    methods = grid.experiment.methods
+    runs = {grid.experiment.label(m): [outcome.run for outcome in grid.of(size, m).values()] for m in methods}
+    table = task_table({label: of for label, of in runs.items() if of})
+    return None if table is None else dataclasses.replace(table, title=_place(grid, size, table.title))
+
+
 _POINTS = 25
 """Of the curves of domains' weights."""
 
@@ -107,7 +121,7 @@ def _preferences(grid: Grid, size: str, method: str) -> str | None:
                 y=[interval([fmean(y[start : start + width]) for _, y in series]) for start in starts],
             )
         )
-    return figures.curves(lines, "tokens", "mean relative weight (1 = uniform)") if lines else None
+    return figures.curves(lines, "tokens", "mean weight (1 = uniform)") if lines else None
 
 
 def _health(grid: Grid, sizes: Sequence[str]) -> Table | None:
@@ -190,12 +204,16 @@ def _records(outcome: Outcome) -> list[tuple[str, dict[str, Any]]]:
     return [("", read_json(path))] if path is not None and path.is_file() else []
 
 
-def _settings(grid: Grid, size: str) -> Table:
-    """What differs from the defaults but for places and seeds, in which all cells differ; of each first seed."""
-    configs = {
+def _configs(grid: Grid, size: str) -> dict[str, RunConfig]:
+    """Of each method's first seed."""
+    return {
         grid.experiment.label(method): next(iter(cells.values())).run.config
         for method in grid.experiment.methods
         if (cells := grid.of(size, method))
     }
-    table = settings_table(configs, places=False)
+
+
+def _settings(grid: Grid, size: str) -> Table:
+    """What differs from the defaults but for places and seeds, in which all cells differ."""
+    table = settings_table(_configs(grid, size), places=False)
     return dataclasses.replace(table, title=_place(grid, size, table.title))

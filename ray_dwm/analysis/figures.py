@@ -36,6 +36,7 @@ _PHASES = {
     "dwm_wait": "#8759c9",
     "log": "#b8860b",
 }
+LOSS = "loss, nats per token"
 TOKENS, SECONDS, WALL = "million tokens", "seconds of training", "seconds, with what was done before training"
 
 
@@ -67,17 +68,30 @@ def _colours(runs: Sequence[Run]) -> list[str]:
 
 def losses(runs: list[Run], key: str, over: str) -> str:
     """A loss of all runs against tokens or wall-clock."""
+    scale, shown = 1e6 if over == "tokens" else 1.0, []
     with figure() as (_, axes, out):
         for run, colour in zip(runs, _colours(runs), strict=True):
             x, y = run.series(key, over)
             if not x:
                 continue  # this run has no such set
-            scale = 1e6 if over == "tokens" else 1.0
-            axes.plot(np.array(x[1:]) / scale, y[1:], color=colour, marker="o", markersize=3, label=run.name)
+            shown.append((np.array(x[1:]) / scale, y[1:]))
+            axes.plot(*shown[-1], color=colour, marker="o", markersize=3, label=run.name)
+        _without_the_first(axes, shown)
         axes.set_xlabel(TOKENS if over == "tokens" else SECONDS)
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(LOSS)
         axes.legend(frameon=False)
     return out[0]
+
+
+def _without_the_first(axes: Any, series: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Let the first quarter of training leave the picture at the top: its fall would hide every difference."""
+    ends = [x[-1] for x, _ in series if len(x)]
+    if not ends:
+        return
+    later = [b for x, y in series for a, b in zip(x, y, strict=True) if a >= max(ends) / 4]
+    low, high = min(later), max(later)
+    margin = 0.06 * (high - low) or 0.01
+    axes.set_ylim(low - margin, high + margin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +105,7 @@ class Line:
     y: list[Interval]
 
 
-def curves(lines: list[Line], over: str, measure: str = "loss, nats per token") -> str:
+def curves(lines: list[Line], over: str, measure: str = LOSS) -> str:
     """Means over seeds with 95 % intervals against `tokens` or `seconds`."""
     scale = 1e6 if over == "tokens" else 1.0
     rows = math.ceil(len(lines) / 2)
@@ -106,6 +120,8 @@ def curves(lines: list[Line], over: str, measure: str = "loss, nats per token") 
             if len(bounds) == len(x):
                 low, high = np.array(bounds).T
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        if measure == LOSS:
+            _without_the_first(axes, [(np.array(line.x) / scale, [y.mean for y in line.y]) for line in lines])
         axes.set_xlabel(TOKENS if over == "tokens" else WALL)
         axes.set_ylabel(measure)
         drawn.legend(frameon=False, loc="outside lower center", ncols=2)
@@ -129,7 +145,7 @@ def domain_weights(run: Run) -> str:
             axes.plot(np.array(x) / 1e6, _smooth(y, max(1, len(y) // 25)), color=colour, label=name, linewidth=1.8)
         axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel(TOKENS)
-        axes.set_ylabel("mean relative weight (1 = uniform)")
+        axes.set_ylabel("mean weight (1 = uniform)")
         drawn.legend(frameon=False, loc="outside lower center", ncols=3)
     return out[0]
 

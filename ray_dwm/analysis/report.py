@@ -10,7 +10,7 @@ from ray_dwm.analysis import cautions, figures
 from ray_dwm.analysis.data_card import data_card
 from ray_dwm.analysis.preference_section import section
 from ray_dwm.analysis.render import render
-from ray_dwm.analysis.results import overlaps
+from ray_dwm.analysis.results import overlaps, task_table
 from ray_dwm.analysis.runs import Run, open_run, versions
 from ray_dwm.analysis.settings import settings_table
 from ray_dwm.analysis.tables import Table
@@ -46,7 +46,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
     return {
         "runs": runs,
         "verdicts": [_verdict(uniform, run) for run in weighted] if uniform else [],
-        "cautions": cautions.of_runs(runs, uniform),
+        "cautions": cautions.grouped(cautions.of_runs(runs, uniform)),
         "unchecked": [] if any(overlaps(run) is not None for run in runs) else ["contamination"],
         "standings": standings(runs) if len(runs) > 2 else None,
         "losses": [
@@ -57,6 +57,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
             )
             for key in dict.fromkeys(key for run in (shown, *runs) for key in run.keys("val/"))
         ],
+        "tasks": task_table({run.name: [run] for run in runs}),
         "weighted": [_weighted(run) for run in weighted],
         "times": figures.time_split({run.name: run.summary["seconds"] for run in runs}),
         "cards": _cards(shown, runs),

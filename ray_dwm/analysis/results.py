@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray_dwm.analysis.runs import Run
+from ray_dwm.analysis.statistics import interval
+from ray_dwm.analysis.tables import Table
 from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError
 
 CONTAMINATION = "contamination.json"
+EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,16 @@ class Overlap:
     """Part of the set, 0 to 1."""
     threshold: float
     """From which on it counts as contaminated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One figure of one task."""
+
+    value: float
+    error: float | None
+    """Standard error over items, where one is known."""
+    lower_is_better: bool
 
 
 def overlaps(run: Run) -> list[Overlap] | None:
@@ -37,3 +52,53 @@ def overlaps(run: Run) -> list[Overlap] | None:
         return [Overlap(name, against, float(part), float(most)) for name, against, part, most in found]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error!r}): look for contamination again, or remove it") from None
+
+
+def scores(run: Run) -> dict[tuple[str, str, int], Score]:
+    """(task, metric, examples in the context) -> score, by the last evaluation of evaluation.json; empty without one.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = run.folder / EVALUATION
+    if not path.is_file():
+        return {}
+    try:
+        evaluations: list[dict[str, Any]] = read_json(path)["evaluations"]
+        return {_key(of): _score(of) for evaluation in evaluations[-1:] for of in evaluation["scores"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error!r}): evaluate again, or remove it") from None
+
+
+def _key(of: Mapping[str, Any]) -> tuple[str, str, int]:
+    return str(of["task"]), str(of["metric"]), int(of["shots"])
+
+
+def _score(of: Mapping[str, Any]) -> Score:
+    error = of["error"]
+    return Score(float(of["value"]), None if error is None else float(error), of["higher_is_better"] is False)
+
+
+def task_table(groups: Mapping[str, Sequence[Run]]) -> Table | None:
+    """Scores of runs, or means over the seeds of methods; None where nothing was evaluated.
+
+    Of one run ± is the standard error over a task's items, of several half of the 95 % interval over seeds.
+    """
+    found = {label: [scores(run) for run in runs] for label, runs in groups.items()}
+    keys = list(dict.fromkeys(key for of_runs in found.values() for of in of_runs for key in of))
+    if not keys:
+        return None
+    rows = []
+    for key in keys:
+        having = {label: [of[key] for of in of_runs if key in of] for label, of_runs in found.items()}
+        less = any(score.lower_is_better for of in having.values() for score in of)
+        rows.append((key[0], key[1] + (" ↓" if less else ""), str(key[2]), *(_told(of) for of in having.values())))
+    return Table("Tasks", ("task", "metric", "shots", *found), tuple(rows), 2)
+
+
+def _told(of: Sequence[Score]) -> str:
+    if not of:
+        return ""
+    mean = interval([score.value for score in of])
+    spread = of[0].error if len(of) == 1 else mean.half
+    return f"{mean.mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")

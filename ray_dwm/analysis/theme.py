@@ -19,6 +19,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": GRID,
     "svg.fonttype": "none",
     "svg.hashsalt": "ray_dwm",

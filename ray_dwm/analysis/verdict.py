@@ -68,12 +68,13 @@ def sentence(uniform: Run, weighted: Run) -> str:
     if not shared:
         return "The runs have no evaluation set in common."
     name = shared[0].removeprefix("val/").removesuffix("/loss")
+    place = "the target set" if name == "target" else name
     gap = weighted.summary["final"][shared[0]] - uniform.summary["final"][shared[0]]
     if gap == 0:
-        return f"{weighted.label} and uniform weights end with the same loss on {name}."
+        return f"{weighted.label} and uniform weights end with the same loss on {place}."
     word = "better" if gap < 0 else "worse"
     return (
-        f"{weighted.label} ends {word} than uniform weights on {name}: {gap:+.4f} nats per token, a perplexity "
+        f"{weighted.label} ends {word} than uniform weights on {place}: {gap:+.4f} nats per token, a perplexity "
         f"{math.expm1(gap):+.1%}."
     )
 
