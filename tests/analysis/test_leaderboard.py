@@ -224,7 +224,26 @@ def test_files_say_the_same_and_hold_every_cell(experiment: ExperimentConfig) ->
     page = outline(experiment.folder / "leaderboard.html")
     assert page.fetched == [] and {"Verdict", "Leaderboard", "Experiment x"} <= set(page.headings)
     html = (experiment.folder / "leaderboard.html").read_text()
-    assert html.count("<svg") == 4 and "DWM | learnt" in html
+    # Two sets by two axes, the domains of the only weighted method, and where the time went.
+    assert html.count("<svg") == 6 and "DWM | learnt" in html
+    assert {"Warnings", "What was preferred, and when", "Fidelity and overhead", "Data card"} <= set(page.headings)
+
+
+def test_an_overfitted_target_is_a_warning_in_all_files(experiment: ExperimentConfig) -> None:
+    finish(experiment, "uniform", UNIFORM)
+    for seed, final in {0: 2.5, 1: 2.58, 2: 2.72}.items():
+        folder = write_cell(experiment, Cell("tiny", "dwm", seed), final)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["final"]["val/test/loss"] = UNIFORM[seed] + 0.1 + 0.01 * seed
+        (folder / "summary.json").write_text(json.dumps(summary))
+    write_leaderboard(experiment.folder)
+    said = "against the baseline the target loss is 0.5000 nats per token lower, that on test 0.1100 higher"
+    content = json.loads((experiment.folder / "leaderboard.json").read_text())
+    assert [(one["of"], one["title"], one["found"]) for one in content["warnings"]] == [
+        ("DWM | learnt", "Target overfitted", said)
+    ]
+    assert f"- DWM | learnt: Target overfitted. {said}" in (experiment.folder / "leaderboard.md").read_text()
+    assert said[1:] in (experiment.folder / "leaderboard.html").read_text()
 
 
 def test_one_seed_is_said_to_be_one_seed(experiment: ExperimentConfig) -> None:
