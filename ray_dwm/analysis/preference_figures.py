@@ -86,7 +86,9 @@ def stability(matrix: Mapping[str, Any], phases: list[str]) -> str:
             for column, value in enumerate(of_row):
                 text = "" if value is None else f"{value:.2f}"
                 light = value is not None and abs(value) > 0.7
-                axes.text(column, row, text, ha="center", va="center", color="#ffffff" if light else FIXED_INK, fontsize=9)
+                axes.text(
+                    column, row, text, ha="center", va="center", color="#ffffff" if light else FIXED_INK, fontsize=9
+                )
         axes.set_xticks(range(len(phases)), phases)
         axes.set_yticks(range(len(phases)), phases)
         axes.grid(visible=False)

@@ -113,7 +113,10 @@ def _markdown(grid: Grid, board: Board, shown: Sequence[Table], warned: Cautions
         parts += [f"## {table.title}", markdown(table)]
     parts += [legend(grid), "## Verdict", "\n".join(f"- {line}" for line in board.verdict) or "Nothing is done yet."]
     if warned:
-        parts += ["## Warnings", "\n".join(f"- {whose}: {one.title}. {one.found} ({one.rule})" for whose, one in warned)]
+        parts += [
+            "## Warnings",
+            "\n".join(f"- {whose}: {one.title}. {one.found} ({one.rule})" for whose, one in warned),
+        ]
     if board.notes:
         parts += ["## Notes", "\n".join(f"- {line}" for line in board.notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -139,7 +142,8 @@ def content(grid: Grid, board: Board, warned: Cautions) -> dict[str, Any]:
         "warnings": [{"of": whose, **asdict(one)} for whose, one in warned],
         "notes": board.notes,
         "configurations": {
-            f"{cell.size}/{cell.method}": changed(outcome.run.config, places=False) for cell, outcome in grid.outcomes.items()
+            f"{cell.size}/{cell.method}": changed(outcome.run.config, places=False)
+            for cell, outcome in grid.outcomes.items()
         },
         "cells": {
             cell.path: {"state": grid.state(cell), **(_figures(grid.outcomes[cell]) if cell in grid.outcomes else {})}

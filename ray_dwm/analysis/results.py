@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import interval
@@ -14,6 +14,9 @@ from ray_dwm.errors import DataError
 
 CONTAMINATION = "contamination.json"
 EVALUATION = "evaluation.json"
+MOST_OVERLAP = 0.01
+"""Part of a task's or a set's items above which it counts as contaminated, where the file says nothing else."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +42,35 @@ class Score:
 
 
 def overlaps(run: Run) -> list[Overlap] | None:
-    """What contamination.json says; None where nobody has looked.
+    """What contamination.json and evaluation.json say; None where nobody has looked.
 
     Raises:
-        DataError: it is damaged.
+        DataError: one of them is damaged.
     """
-    path = run.folder / CONTAMINATION
+    found = [*_read(run, CONTAMINATION, "sets", _set), *_read(run, EVALUATION, "overlaps", _items, needed=False)]
+    return found if found or (run.folder / CONTAMINATION).is_file() else None
+
+
+def _set(of: Mapping[str, Any]) -> Overlap:
+    return Overlap(str(of["name"]), str(of["against"]), float(of["overlap"]), float(of["threshold"]))
+
+
+def _items(of: Mapping[str, Any]) -> Overlap:
+    """Of those items that are long enough to tell."""
+    share = int(of["overlapping"]) / max(1, int(of["judged"]))
+    return Overlap(str(of["what"]), str(of["against"]), share, MOST_OVERLAP)
+
+
+def _read(run: Run, name: str, key: str, made: Callable[[Any], T], needed: bool = True) -> list[T]:
+    """The entries of a list in a JSON file of the run folder; none where there is no such file."""
+    path = run.folder / name
     if not path.is_file():
-        return None
+        return []
     try:
-        found = [(str(s["name"]), str(s["against"]), s["overlap"], s["threshold"]) for s in read_json(path)["sets"]]
-        return [Overlap(name, against, float(part), float(most)) for name, against, part, most in found]
+        content = read_json(path)
+        return [made(of) for of in (content[key] if needed else content.get(key, []))]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error!r}): look for contamination again, or remove it") from None
+        raise DataError(f"{path} is damaged ({error!r}): remove it, and evaluate again") from None
 
 
 def scores(run: Run) -> dict[tuple[str, str, int], Score]:
@@ -60,14 +79,12 @@ def scores(run: Run) -> dict[tuple[str, str, int], Score]:
     Raises:
         DataError: it is damaged.
     """
-    path = run.folder / EVALUATION
-    if not path.is_file():
-        return {}
-    try:
-        evaluations: list[dict[str, Any]] = read_json(path)["evaluations"]
-        return {_key(of): _score(of) for evaluation in evaluations[-1:] for of in evaluation["scores"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error!r}): evaluate again, or remove it") from None
+    evaluations = _read(run, EVALUATION, "evaluations", _scores)
+    return evaluations[-1] if evaluations else {}
+
+
+def _scores(evaluation: Mapping[str, Any]) -> dict[tuple[str, str, int], Score]:
+    return {_key(of): _score(of) for of in evaluation["scores"]}
 
 
 def _key(of: Mapping[str, Any]) -> tuple[str, str, int]:

@@ -116,7 +116,10 @@ def test_warnings_of_runs_and_pairs(tmp_path: Path) -> None:
 def test_the_same_is_shown_once() -> None:
     one, other = Caution("T", "f", "r"), Caution("T", "g", "r")
     groups = cautions.grouped([("a", one), ("b", one), ("b", other), ("c", Caution("T", "f", "s"))])
-    assert [(group.rule, group.found) for group in groups] == [("r", {"f": ["a", "b"], "g": ["b"]}), ("s", {"f": ["c"]})]
+    assert [(group.rule, group.found) for group in groups] == [
+        ("r", {"f": ["a", "b"], "g": ["b"]}),
+        ("s", {"f": ["c"]}),
+    ]
 
 
 def test_epochs_of_a_run(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def record(name: str, selected: tuple[int, int], **more: Any) -> dict[str, Any]:
 def test_sets_domains_and_origin(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "d", method="dwm", final=2.0)
     train = load_manifest(tmp_path / "shards" / "train")
-    replace(train, made_by={"command": "prepare", "sources": [f"{k}.jsonl" for k in range(14)], "documents": 1234}).write()
+    replace(
+        train, made_by={"command": "prepare", "sources": [f"{k}.jsonl" for k in range(14)], "documents": 1234}
+    ).write()
     card = data_card(open_run(folder))
     sets = {one.name: one for one in card["sets"]}
     assert [(one.name, one.role) for one in card["sets"]] == [

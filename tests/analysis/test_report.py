@@ -50,9 +50,17 @@ def test_report_of_a_pair_of_runs(tmp_path: Path) -> None:
     assert "Effective sample size and entropy" in page.headings
     text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") == 10  # two sets by two axes, domains, ESS, hypergradient, times, and two of the error
-    for heading in ("Warnings", "Fidelity and overhead", "Data card", "Configuration", "What differs from the defaults"):
+    for heading in (
+        "Warnings",
+        "Fidelity and overhead",
+        "Data card",
+        "Configuration",
+        "What differs from the defaults",
+    ):
         assert heading in page.headings
-    assert "DWM ends better than uniform weights on the target set: -1.0000 nats per token, a perplexity -63.2%." in text
+    assert (
+        "DWM ends better than uniform weights on the target set: -1.0000 nats per token, a perplexity -63.2%." in text
+    )
     assert "None: no low effective sample size" in text and "Not looked for: contamination." in text
     assert page.headings.count("train") == 1  # both runs have the same data
     assert "<script" not in text
@@ -86,7 +94,11 @@ def test_report_of_three_runs_has_a_verdict_each_and_all_side_by_side(tmp_path: 
     assert [name for name in headings if name in ("d", "l", "All runs")] == ["d", "l", "All runs"]
     assert {"What the DWM preferred: d", "What loss preferred: l"} <= set(headings)
     table = standings([open_run(folder) for folder in folders])
-    assert [row[:3] for row in table.rows] == [("d", "DWM", "2.0000"), ("u", "uniform", "3.0000"), ("l", "loss", "3.5000")]
+    assert [row[:3] for row in table.rows] == [
+        ("d", "DWM", "2.0000"),
+        ("u", "uniform", "3.0000"),
+        ("l", "loss", "3.5000"),
+    ]
 
 
 def test_figures_take_their_colours_from_the_page(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from synthetic_runs import write_run
 
-from ray_dwm.analysis.results import overlaps, scores, task_table
+from ray_dwm.analysis.results import Overlap, overlaps, scores, task_table
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.errors import DataError
 
@@ -35,6 +35,18 @@ def test_the_last_evaluation_of_runs_and_methods(tmp_path: Path) -> None:
         ("arc", "ppl ↓", "0", "8.0000", "", "8.0000 ± 0.0000"),
     )
     assert task_table({"none": [bare]}) is None and overlaps(bare) is None
+
+
+def test_overlaps_of_both_files(tmp_path: Path) -> None:
+    run = open_run(write_run(tmp_path, "u", method="uniform", final=3.0))
+    path, kept = run.folder / "evaluation.json", {"what": "arc", "against": "the training set", "overlapping": 3}
+    path.write_text(json.dumps({"evaluations": []}))
+    assert overlaps(run) is None and scores(run) == {}
+    path.write_text(json.dumps({"evaluations": [], "overlaps": [{**kept, "judged": 60}]}))
+    assert overlaps(run) == [Overlap("arc", "the training set", 0.05, 0.01)]
+    of_set = {"name": "target", "against": "train", "overlap": 0.5, "threshold": 0.2}
+    (run.folder / "contamination.json").write_text(json.dumps({"sets": [of_set]}))
+    assert overlaps(run) == [Overlap("target", "train", 0.5, 0.2), Overlap("arc", "the training set", 0.05, 0.01)]
 
 
 @pytest.mark.parametrize(
