@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +34,36 @@ class SetCard:
 
 def data_card(run: Run) -> dict[str, Any]:
     """Sets, selections and stages of a run; what is not at hand any more is said to be so."""
-    train = find_manifest(run.config.data.train)
-    recorded = read_json(path) if (path := run.folder / "data.json").is_file() else {}
-    return {
-        "run": run.name,
-        "sets": [_set_card(run, name, role, folder, recorded.get(name, "")) for name, role, folder in _sets(run)],
-        "selection": _selection(train) if train else None,
-        "stages": _stages(run),
-    }
+    return data_cards([run])[0]
+
+
+def data_cards(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A card for each of the runs that has sets or stages which none before it has; a set is on one card only."""
+    cards, known = [], set()
+    for run in runs:
+        recorded = read_json(path) if (path := run.folder / "data.json").is_file() else {}
+        sets = []
+        for name, role, folder in _sets(run):
+            key = (name, role, recorded.get(name, run.folder))
+            if key not in known or _in_stages(run, name):
+                sets.append(_set_card(run, name, role, folder, recorded.get(name, "")))
+            known.add(key)
+        if sets:
+            train = find_manifest(run.config.data.train) if sets[0].name == "train" else None
+            selection = _selection(train) if train else None
+            cards.append({"run": run.name, "sets": sets, "selection": selection, "stages": _stages(run)})
+    return cards
+
+
+def _in_stages(run: Run, name: str) -> bool:
+    """Whether a set is one of which the run chose for itself, as no other run did."""
+    return name == "train" and run.config.in_stages
 
 
 def _sets(run: Run) -> Iterator[tuple[str, str, str]]:
     """(name, role, folder) of every set."""
     data = run.config.data
-    yield "train", "trained on" if not run.config.in_stages else "the pool of which the stages were chosen", data.train
+    yield "train", "the pool of which the stages were chosen" if run.config.in_stages else "trained on", data.train
     for name, folder in target_sets(run.config).items():
         yield name, "target set", folder
     for name, folder in data.held_out.items():

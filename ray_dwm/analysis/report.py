@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.analysis import cautions, figures
-from ray_dwm.analysis.data_card import data_card
+from ray_dwm.analysis.data_card import data_cards
 from ray_dwm.analysis.preference_section import section
 from ray_dwm.analysis.render import render
 from ray_dwm.analysis.results import overlaps, task_table
@@ -16,7 +16,7 @@ from ray_dwm.analysis.settings import settings_table
 from ray_dwm.analysis.tables import Table
 from ray_dwm.analysis.verdict import differences, sentence, verdict
 from ray_dwm.config import BilevelConfig, to_yaml
-from ray_dwm.data.records import read_json, write_whole
+from ray_dwm.data.records import write_whole
 
 
 def write_report(
@@ -60,7 +60,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "tasks": task_table({run.name: [run] for run in runs}),
         "weighted": [_weighted(run) for run in weighted],
         "times": figures.time_split({run.name: run.summary["seconds"] for run in runs}),
-        "cards": _cards(shown, runs),
+        "cards": data_cards(sorted(runs, key=lambda run: run is not shown)),
         "settings": settings_table({run.name: run.config for run in runs}),
         "configs": [(run.name, to_yaml(run.config)) for run in runs],
         "versions": versions(),
@@ -89,18 +89,6 @@ def standings(runs: Sequence[Run]) -> Table:
         rows.append((run.name, run.label, *losses, f"{run.summary['tokens']:,}", f"{cost[0]:.0f}", f"{cost[1]:.1%}"))
     names = (f"loss, {key.removeprefix('val/').removesuffix('/loss')}" for key in keys)
     return Table("All runs", ("run", "weights", *names, "tokens", "training, s", "overhead"), tuple(rows), 2)
-
-
-def _cards(shown: Run, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A data card for each of the runs whose data are not those of one before; the first is that of `shown`."""
-    cards: dict[str, dict[str, Any]] = {}
-    for run in (shown, *runs):
-        path = run.folder / "data.json"
-        sets = {key: of for key, of in read_json(path).items() if "." not in key} if path.is_file() else {}
-        key = run.name if run.config.in_stages or not sets else str(sorted(sets.items()))
-        if key not in cards:
-            cards[key] = data_card(run)
-    return list(cards.values())
 
 
 def _title(key: str, run: Run) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from synthetic_runs import STEPS, write_run
 from test_report import outline
 
-from ray_dwm.analysis.data_card import data_card, passes
+from ray_dwm.analysis.data_card import data_card, data_cards, passes
 from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import open_run
 from ray_dwm.data.manifest import load_manifest
@@ -96,6 +96,12 @@ def test_stages_of_a_run_that_chooses_its_own_data(tmp_path: Path) -> None:
     )
     assert shares.rows == (("good", "50.0%", "50.0%", "75.0%"), ("noise", "50.0%", "50.0%", "25.0%"))
     assert passes(run) == [("stage 0", 1.0), ("stage 1", 2.0)]
+    plain = open_run(write_run(tmp_path, "plain", method="uniform", final=3.0))
+    cards = data_cards([plain, open_run(folder), plain])
+    assert [(card["run"], [one.name for one in card["sets"]]) for card in cards] == [
+        ("plain", ["train", "target", "test"]),
+        ("u", ["train"]),
+    ]
     write_report([folder], tmp_path / "r.html")
     assert {"Stages", "Share of each domain"} <= set(outline(tmp_path / "r.html").headings)
     assert "Stage 1 read its sequences 2.00 times" in (tmp_path / "r.html").read_text()
