@@ -14,7 +14,7 @@ from ray_dwm.analysis.grid import Grid, Outcome
 from ray_dwm.analysis.results import overlaps, task_table
 from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.settings import settings_table
-from ray_dwm.analysis.statistics import Interval, interval
+from ray_dwm.analysis.statistics import interval
 from ray_dwm.analysis.tables import Table
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.manifest import find_manifest
@@ -163,7 +163,7 @@ def _told(values: Sequence[float], percent: bool = False) -> str:
     """A mean over seeds, with half of its 95 % interval."""
     if not values:
         return ""
-    found: Interval = interval(values)
+    found = interval(values)
     mean, half = (f"{x:.1%}" if percent else f"{x:.3f}" for x in (found.mean, found.half or 0.0))
     return mean if found.half is None else f"{mean} ± {half}"
 

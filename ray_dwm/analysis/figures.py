@@ -84,14 +84,12 @@ def losses(runs: list[Run], key: str, over: str) -> str:
 
 
 def _without_the_first(axes: Any, series: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
-    """Let the first quarter of training leave the picture at the top: its fall would hide every difference."""
-    ends = [x[-1] for x, _ in series if len(x)]
-    if not ends:
+    """Let the first quarter of each curve leave the picture at the top: its fall would hide every difference."""
+    later = [b for x, y in series for a, b in zip(x, y, strict=True) if a >= x[0] + (x[-1] - x[0]) / 4]
+    if not later:
         return
-    later = [b for x, y in series for a, b in zip(x, y, strict=True) if a >= max(ends) / 4]
-    low, high = min(later), max(later)
-    margin = 0.06 * (high - low) or 0.01
-    axes.set_ylim(low - margin, high + margin)
+    margin = 0.06 * (max(later) - min(later)) or 0.01
+    axes.set_ylim(min(later) - margin, max(later) + margin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from ray_dwm.analysis.data_card import data_cards
 from ray_dwm.analysis.preference_section import section
 from ray_dwm.analysis.render import render
 from ray_dwm.analysis.results import overlaps, task_table
-from ray_dwm.analysis.runs import Run, open_run, versions
+from ray_dwm.analysis.runs import Run, open_runs, versions
 from ray_dwm.analysis.settings import settings_table
 from ray_dwm.analysis.tables import Table
 from ray_dwm.analysis.verdict import differences, sentence, verdict
@@ -30,7 +30,7 @@ def write_report(
     Raises:
         UserError: no run folders, or damaged ones.
     """
-    runs = [open_run(folder) for folder in folders]
+    runs = open_runs(folders)
     content = _content(runs)
     found = preferences or {}
     content["preferences"] = [

@@ -6,13 +6,15 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from synthetic_runs import STEPS, write_run
 
 from ray_dwm.analysis.favoured import Texts, extremes
 from ray_dwm.analysis.phases import spans, weighted_batches
 from ray_dwm.analysis.report import standings, write_report
-from ray_dwm.analysis.runs import open_run
+from ray_dwm.analysis.runs import open_run, open_runs
 from ray_dwm.analysis.theme import INK
+from ray_dwm.errors import UserError
 
 
 class Outline(HTMLParser):
@@ -99,6 +101,18 @@ def test_report_of_three_runs_has_a_verdict_each_and_all_side_by_side(tmp_path: 
         ("u", "uniform", "3.0000"),
         ("l", "loss", "3.5000"),
     ]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    runs = [("a", "uniform", 3.0), ("b", "loss", 3.5)]
+    folders = [write_run(tmp_path / place, "seed-0", method=m, final=f) for place, m, f in runs]
+    assert [run.name for run in open_runs(folders[:1])] == ["seed-0"]
+    names = ["a/runs/seed-0", "b/runs/seed-0"]
+    assert [run.name for run in open_runs(folders)] == names
+    write_report(folders, tmp_path / "report.html")
+    assert " and ".join(names) in outline(tmp_path / "report.html").headings
+    with pytest.raises(UserError, match="is named twice"):
+        open_runs([folders[0], folders[0]])
 
 
 def test_figures_take_their_colours_from_the_page(tmp_path: Path) -> None:
