@@ -90,7 +90,8 @@ def _set_card(run: Run, name: str, role: str, folder: str, digest: str) -> SetCa
 
 def _provenance(made_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the manifest says of the shards' origin, whatever that is; a licence only where somebody has recorded it."""
-    for key, value in dotted(made_by).items():
+    for name, value in dotted(made_by).items():
+        key = name.replace("_", " ")
         if isinstance(value, list):
             named = ", ".join(map(str, value[:_LISTED]))
             yield key, named + (f" and {len(value) - _LISTED} more" if len(value) > _LISTED else "")
