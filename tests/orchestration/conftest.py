@@ -54,7 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         for process in [*psutil.Process(head.pid).children(recursive=True), head]:
             with suppress(psutil.NoSuchProcess):  # it may have ended by itself
                 process.kill()
-        head.wait(30)
+        head.wait(PATIENCE_S)
 
 
 PATIENCE_S = 400.0

@@ -31,7 +31,7 @@ HOLD = """
 import time, ray
 ray.init(log_to_driver=False)
 group = ray.util.placement_group([{"CPU": 7}])
-assert group.wait(60)
+assert group.wait(400)
 print("held", flush=True)
 time.sleep(120)
 """
@@ -126,7 +126,7 @@ def test_kill_9_leaves_no_trace(
     os.kill(victims[0].pid, signal.SIGKILL)
     assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
     if victim == "driver":
-        process.wait(30)
+        process.wait(PATIENCE_S)
         wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the orphaned workers")
         process = console.start(config)
     console.finish(config, process)
@@ -164,7 +164,7 @@ def test_sigterm_while_workers_are_waited_for_ends_the_command(
         wait_for(lambda: "starting 2 workers" in console.output(config), "the wait for workers")
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(PATIENCE_S)
     finally:
         holder.kill()
         holder.wait()
