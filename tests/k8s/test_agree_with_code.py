@@ -208,9 +208,26 @@ def test_a_gpu_pod_has_a_node_to_itself(overlay: str) -> None:
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
 
 
+UNREMARKABLE = {"entrypoint", "rayClusterSpec", "submitterPodTemplate"}
+
+
+def test_the_documents_table_has_every_setting() -> None:
+    document = (ROOT / "docs/cluster.md").read_text()
+    names = {
+        each["name"]
+        for _, manifest in RAY
+        for _, container in containers(manifest)
+        for each in container.get("env", [])
+    }
+    keys = {key for _, job in JOBS for key in job["spec"]} - UNREMARKABLE
+    starts = {key for _, each in RAY for key in cluster_spec(each)["headGroupSpec"]["rayStartParams"]}
+    rows = "".join(line for line in document.splitlines() if line.startswith("|"))
+    assert [name for name in sorted(names | keys | starts) if f"`{name}" not in rows] == []
+
+
 def test_rdma_is_asked_for_where_memory_may_be_locked() -> None:
     [job] = documents("rdma")
     container = dict(containers(job))["gpu"]
     assert container["resources"]["limits"]["rdma/rdma_shared_device_a"] == "1"
     assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
-    assert {each["name"] for each in container["env"]} >= NCCL
+    assert {each["name"] for each in container.get("env", [])} >= NCCL
