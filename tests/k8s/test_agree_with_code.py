@@ -182,7 +182,8 @@ def test_nothing_runs_as_root_or_carries_a_secret(overlay: str, manifest: Manife
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             for each in container.get("env", []):
                 assert not (re.search("KEY|TOKEN|SECRET|PASSWORD", each["name"]) and "value" in each), each["name"]
-    assert cluster_spec(manifest)["authOptions"] == {"mode": "token", "secretName": "ray-dwm-auth"}
+    assert cluster_spec(manifest)["authOptions"].keys() == {"mode", "secretName"}
+    assert cluster_spec(manifest)["authOptions"]["mode"] == "token"
     assert not [each for each in documents(overlay) if each["kind"] == "Secret"]
 
 

@@ -31,13 +31,32 @@ def test_the_renderings_are_of_these_sources() -> None:
     assert sorted(path.stem for path in RENDERED.glob("*.yaml")) == OVERLAYS
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_kubectl_renders_the_same(overlay: str) -> None:
+def rendered(overlay: Path) -> str:
     if not shutil.which("kubectl"):
         pytest.skip("there is no kubectl: only the sources' digests were compared")
-    command = ["kubectl", "kustomize", str(K8S / "overlays" / overlay)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert list(yaml.safe_load_all(output)) == documents(overlay), "the renderings are stale: `make k8s`"
+    command = ["kubectl", "kustomize", str(overlay)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kubectl_renders_the_same(overlay: str) -> None:
+    now = list(yaml.safe_load_all(rendered(K8S / "overlays" / overlay)))
+    assert now == documents(overlay), "the renderings are stale: `make k8s`"
+
+
+@pytest.mark.parametrize("overlay", ["cpu-kind", "gpu-1b3", "interactive"])
+def test_image_storage_and_secrets_are_all_that_a_site_changes(overlay: str, tmp_path: Path) -> None:
+    site = yaml.safe_load((K8S / "base/site.yaml").read_text())
+    before, names = (RENDERED / f"{overlay}.yaml").read_text(), site["data"].items()
+    shutil.copytree(K8S, tmp_path / "k8s")
+    ours = {key: f"example/{key}:1" if key == "image" else f"our-{key}".replace("_", "-") for key, _ in names}
+    (tmp_path / "k8s/base/site.yaml").write_text(yaml.safe_dump({**site, "data": ours}))
+    expected = before
+    for key, name in names:
+        assert name in before, f"nothing takes {key} from site.yaml"
+        expected = expected.replace(name, ours[key])
+    after = rendered(tmp_path / "k8s/overlays" / overlay)
+    assert list(yaml.safe_load_all(after)) == list(yaml.safe_load_all(expected))
 
 
 @pytest.mark.parametrize(("overlay", "manifest"), RAY, ids=lambda each: each if isinstance(each, str) else each["kind"])
