@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from manifests import K8S, ROOT, Manifest, asked, cluster_spec, containers, documents, of_kind, pods, quantity
+from manifests import K8S, OVERLAYS, ROOT, Manifest, asked, cluster_spec, containers, documents, of_kind, pods, quantity
 from ray._private import ray_constants
 from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 
@@ -224,6 +224,7 @@ def test_the_documents_table_has_every_setting() -> None:
     starts = {key for _, each in RAY for key in cluster_spec(each)["headGroupSpec"]["rayStartParams"]}
     rows = "".join(line for line in document.splitlines() if line.startswith("|"))
     assert [name for name in sorted(names | keys | starts) if f"`{name}" not in rows] == []
+    assert [overlay for overlay in OVERLAYS if f"| `{overlay}` |" not in rows] == []
 
 
 def test_rdma_is_asked_for_where_memory_may_be_locked() -> None:
