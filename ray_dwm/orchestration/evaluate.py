@@ -88,7 +88,10 @@ class Evaluations:
         self._training = False
         if self._config.evaluation.tasks:
             self._collect(None)
-            self._start(self._config.train.steps, None)
+            try:
+                self._start(self._config.train.steps, None)
+            except Exception as error:  # the run is whole without it
+                self._failed.append(f"the finished LM cannot be evaluated: {first_line(error)}")
             self._collect(None)
         for told in self._failed:
             say(self._run_dir, told)
@@ -128,12 +131,12 @@ class Evaluations:
             "DISABLE_MULTIPROC": "1",  # lm-eval's bootstrap would take all cores; the figures are the same
             **({} if asked.gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         }
-        remote = ray.remote(_evaluate).options(
+        once = ray.remote(max_calls=1)(_evaluate)  # its process is of low priority, and goes with it
+        remote = once.options(
             name=f"evaluate-{self._config.name}-{step}",
             num_cpus=asked.cpus,
             num_gpus=asked.gpus,
             max_retries=0,
-            max_calls=1,  # its process is of low priority, and goes with it
             runtime_env={"env_vars": environment},
         )
         self._running = (step, remote.remote(to_dict(self._config), checkpoint and str(checkpoint), step))

@@ -103,12 +103,13 @@ class FakeRay:
         self.options: dict[str, Any] = {}
         self.cancelled: list[int] = []
 
-    def remote(self, function: Any) -> Any:
+    def remote(self, max_calls: int) -> Any:
         def options(**given: Any) -> Any:
             self.options = given
             return SimpleNamespace(remote=self._ask)
 
-        return SimpleNamespace(options=options)
+        assert max_calls == 1
+        return lambda function: SimpleNamespace(options=options)
 
     def _ask(self, values: Any, checkpoint: str | None, step: int) -> int:
         assert (checkpoint is None) == (step == 6)
@@ -190,6 +191,16 @@ def test_an_evaluation_that_dies_is_said_at_once_and_at_the_end(
     ]
     assert lines[-1].endswith("no space")
     assert [of.step for of in read_evaluations(config.run_dir)] == [6]
+
+
+def test_a_cluster_that_takes_no_evaluation_leaves_the_run_whole(
+    shards: dict[str, Path], tmp_path: Path, faked: FakeRay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(shards, tmp_path)
+    config.run_dir.mkdir(parents=True)
+    faked._ask = None  # type: ignore[assignment]
+    Evaluations(config, []).finish()
+    assert "the finished LM cannot be evaluated: 'NoneType' object is not callable" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_takes_its_evaluation_with_it(shards: dict[str, Path], tmp_path: Path, faked: FakeRay) -> None:
