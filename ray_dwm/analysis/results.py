@@ -11,11 +11,10 @@ from ray_dwm.analysis.statistics import interval
 from ray_dwm.analysis.tables import Table
 from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError
+from ray_dwm.sections import MAX_OVERLAP
 
 CONTAMINATION = "contamination.json"
 EVALUATION = "evaluation.json"
-MOST_OVERLAP = 0.01
-"""Part of a task's or a set's items above which it counts as contaminated, where the file says nothing else."""
 T = TypeVar("T")
 
 
@@ -58,7 +57,7 @@ def _set(of: Mapping[str, Any]) -> Overlap:
 def _items(of: Mapping[str, Any]) -> Overlap:
     """Of those items that are long enough to tell."""
     share = int(of["overlapping"]) / max(1, int(of["judged"]))
-    return Overlap(str(of["what"]), str(of["against"]), share, MOST_OVERLAP)
+    return Overlap(str(of["what"]), str(of["against"]), share, MAX_OVERLAP)
 
 
 def _read(run: Run, name: str, key: str, made: Callable[[Any], T], needed: bool = True) -> list[T]:
