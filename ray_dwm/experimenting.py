@@ -230,7 +230,8 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     """
     values = declared(file, overrides, ExperimentConfig)
     try:
-        require("seed" not in values.get("overrides", {}), "seed cannot be set: an experiment has seeds, as seeds=0,1,2")
+        own = values.get("overrides", {})
+        require("seed" not in own, "seed cannot be set: an experiment has seeds, as seeds=0,1,2")
         experiment = typing.cast(ExperimentConfig, build(ExperimentConfig, values))
         if not experiment.sizes:
             settings = {**experiment.set, **experiment.overrides}

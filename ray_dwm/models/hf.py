@@ -121,7 +121,7 @@ def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWei
     stored = config.get("features", shape.features)  # folders of before say nothing: there were no others
     if stored != shape.features:
         raise DataError(
-            f"{folder} looks at {stored}, this version of ray_dwm gives {shape.features}: use the version that learnt it"
+            f"{folder} looks at {stored}, this version gives {shape.features}: use the version that learnt it"
         )
     if tokenizer_sha256 is not None and config.get("tokenizer_sha256") != tokenizer_sha256:
         raise DataError(
