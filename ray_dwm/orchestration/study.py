@@ -5,6 +5,7 @@ The storage is what a sweep is continued from: nothing that Tune has pickled is 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import warnings
 from collections.abc import Iterator
@@ -102,7 +103,9 @@ def check_study(config: TuneConfig, base: RunConfig) -> None:
         if url.get_backend_name() == "sqlite" and url.database:
             path = Path(url.database)
             if not path.exists():
-                return  # whether its folder can be written is seen when the sweep's folder is made
+                if config.study and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+                    raise sqlite3.OperationalError("unable to open database file")
+                return  # in the sweep's folder, which is looked at as all run folders are
             with closing(sqlite3.connect(path, timeout=2, isolation_level=None)) as database:
                 database.execute("BEGIN IMMEDIATE")
                 database.execute("ROLLBACK")

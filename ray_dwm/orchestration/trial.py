@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import threading
+import time
 import typing
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +19,14 @@ from typing import Any
 from ray import tune
 
 from ray_dwm.config import RunConfig, build
-from ray_dwm.data.records import read_metrics, write_whole
+from ray_dwm.data.records import LOCK, is_locked, read_metrics, write_whole
 from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.errors import DwmError
 from ray_dwm.orchestration.train import train
 from ray_dwm.tuning import UNIFORM, with_values
 
 _POLL_S = 1.0
+_FORMER_S = 60.0
 _OWN = ("folder", "control")
 STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 """Fills the Train tab of Ray's dashboard."""
@@ -63,6 +65,7 @@ def run_trial(given: dict[str, Any], *, base: dict[str, Any], trials: Path, meas
     record = trials / f"{given['folder']}.json"
     try:
         config = trial_config(typing.cast(RunConfig, build(RunConfig, base)), given, trials)
+        _outlive(config.run_dir / LOCK)
         with Curve(config, measure):
             summary = train(config)
     except Exception as error:
@@ -73,6 +76,13 @@ def run_trial(given: dict[str, Any], *, base: dict[str, Any], trials: Path, meas
     record.unlink(missing_ok=True)
     loss, cost = summary["final"][f"val/{measure}/loss"], summary["overhead_frac"]
     tune.report({"tokens": summary["tokens"], "loss": loss, "overhead": cost})
+
+
+def _outlive(lock: Path) -> None:
+    """Wait a while for the driver of an earlier try, which ends soon after whoever started it was killed."""
+    deadline = time.monotonic() + _FORMER_S
+    while is_locked(lock) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 class Curve:

@@ -115,7 +115,12 @@ def tune(config: TuneConfig) -> Found:
     folder = config.folder
     connect(largest([*plan.bases.values(), *plan.probes]), max(1, config.concurrent))
     device = make_ready([*plan.bases.values(), *plan.probes])
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"sweep folder {folder} cannot be made ({error.strerror}): choose another storage=..."
+        ) from None
     with locked(folder / LOCK, partial(_in_use, config)):
         write_whole(folder / "tune.yaml", yaml.safe_dump(values_of(config), sort_keys=False))
         base = plan.bases[config.first]
