@@ -72,8 +72,8 @@ def test_a_grid_has_as_many_trials_as_points_and_controls(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["space.bilevel.evry.int=1,5"], "unknown configuration key bilevel.evry: did you mean bilevel.every?"),
-        (["bilevel.evry=5"], "unknown configuration key bilevel.evry: did you mean bilevel.every?"),
+        (["space.bilevel.ever.int=1,5"], "unknown configuration key bilevel.ever: did you mean bilevel.every?"),
+        (["bilevel.ever=5"], "unknown configuration key bilevel.ever: did you mean bilevel.every?"),
         (["space.dwm.size.choice=xs,huge"], "space.dwm.size: dwm.size is 'huge': it must be one of"),
         (["space.dwm.floor.float=0,2"], r"space.dwm.floor: dwm.floor is 2.0: it must lie in \[0, 1\)"),
         (["space.bilevel.every.float=1,5"], "space.bilevel.every is float, but the key takes int values"),

@@ -26,7 +26,7 @@ from ray_dwm.configuring import dotted
 from ray_dwm.data.records import read_json
 from ray_dwm.domains import Domain, described
 from ray_dwm.engine.rundir import is_free
-from ray_dwm.errors import ConfigError, UserError
+from ray_dwm.errors import ConfigError, TrainingError, UserError
 from ray_dwm.tuning import CONTROLS, TuneConfig, default_of
 
 TRIALS = "trials"
@@ -81,6 +81,22 @@ def _named(config: TuneConfig) -> Iterator[None]:
         raise UserError(
             f"study storage {_shown(config)} cannot be used ({reason}): wait for whoever holds it, mend it, or name "
             "another with study=URL"
+        ) from None
+
+
+@contextmanager
+def in_use(config: TuneConfig) -> Iterator[None]:
+    """The same while the sweep goes on.
+
+    Raises:
+        TrainingError: the storage is gone or full; the same command continues.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise TrainingError(
+            f"sweep {config.name}: study storage {_shown(config)} failed ({reason}): the same command continues"
         ) from None
 
 

@@ -28,6 +28,8 @@ from ray_dwm.tuning import UNIFORM, with_values
 _POLL_S = 1.0
 _FORMER_S = 60.0
 _OWN = ("folder", "control")
+COMPLETE = "complete"
+"""In the figures of a trial that was trained to its end."""
 STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 """Fills the Train tab of Ray's dashboard."""
 
@@ -75,7 +77,7 @@ def run_trial(given: dict[str, Any], *, base: dict[str, Any], trials: Path, meas
         raise
     record.unlink(missing_ok=True)
     loss, cost = summary["final"][f"val/{measure}/loss"], summary["overhead_frac"]
-    tune.report({"tokens": summary["tokens"], "loss": loss, "overhead": cost})
+    tune.report({"tokens": summary["tokens"], "loss": loss, "overhead": cost, COMPLETE: 1})
 
 
 def _outlive(lock: Path) -> None:

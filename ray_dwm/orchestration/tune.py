@@ -38,8 +38,8 @@ from ray_dwm.orchestration.prepare import prepare_sets, sets_to_make
 from ray_dwm.orchestration.promotion import Dwms, dwms_at, dwms_of, promoted, rows_of
 from ray_dwm.orchestration.room import at_once, driver_resources
 from ray_dwm.orchestration.run import absolute
-from ray_dwm.orchestration.study import TRIALS, check_study, history, left, open_study, searcher
-from ray_dwm.orchestration.trial import run_trial
+from ray_dwm.orchestration.study import TRIALS, check_study, history, in_use, left, open_study, searcher
+from ray_dwm.orchestration.trial import STATE_TRACKING, run_trial
 from ray_dwm.orchestration.tune_progress import Progress
 from ray_dwm.orchestration.tune_report import Found, Stage, write_report
 from ray_dwm.tuning import TuneConfig, probes, scale_config, values_of
@@ -111,6 +111,8 @@ def tune(config: TuneConfig) -> Found:
         TrainingError: no trial could be trained, or promoted runs have failed.
     """
     warn_if_temporary("storage", config.storage)
+    if "RAY_ADDRESS" in os.environ:  # a cluster of our own has no dashboard
+        os.environ.setdefault(STATE_TRACKING, "1")
     plan = check(config)
     folder = config.folder
     connect(largest([*plan.bases.values(), *plan.probes]), max(1, config.concurrent))
@@ -172,7 +174,7 @@ def _search(plan: Checked, study: optuna.Study, before: Sequence[Trial]) -> None
         base=to_dict(base),
         trials=config.folder / TRIALS,
         measure=config.measure,
-        tracked="RAY_ADDRESS" in os.environ,
+        tracked=STATE_TRACKING in os.environ,
     )
     scheduler = None
     if config.asha.grace_tokens:
@@ -205,7 +207,7 @@ def _search(plan: Checked, study: optuna.Study, before: Sequence[Trial]) -> None
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is said by us, in one line
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    with on_sigterm(lambda: os.kill(os.getpid(), signal.SIGINT)):  # which Tune takes as a request
+    with in_use(config), on_sigterm(lambda: os.kill(os.getpid(), signal.SIGINT)):  # which Tune takes as a request
         tuner.fit()
 
 

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ray_dwm.analysis.tuning import Trial
+from ray_dwm.orchestration.trial import COMPLETE
 
 
 class Progress(Callback):
@@ -46,7 +47,7 @@ class Progress(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback."""
-        self._tell(trial, "done")
+        self._tell(trial, "done" if COMPLETE in (trial.last_result or {}) else "ended early")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback."""
@@ -62,7 +63,7 @@ class Progress(Callback):
         self._refresh()
         if self._live is None:
             line = "  ".join(part for part in self._line(trial.config["folder"]) if part)
-            ended = sum(shown["state"] in ("done", "failed") for shown in self._trials.values())
+            ended = sum(shown["state"] in ("done", "ended early", "failed") for shown in self._trials.values())
             print(f"[{self._title}] {ended} of {self._total} ended  {line}", flush=True)
 
     def _note(self, trial: Any, state: str, result: Mapping[str, Any]) -> None:
