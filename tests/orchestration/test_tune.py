@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from orchestration.conftest import ROOT, Console, wait_for
+from orchestration.conftest import RAY, ROOT, Console, wait_for
 from orchestration.test_experiment import Trainer, declare, given_dwms_fit  # noqa: F401
 from synthetic import make_shards
 
@@ -182,17 +182,15 @@ def test_a_dry_run_plans_every_run_without_data(shards: dict[str, Path], tmp_pat
     assert runs[2].run.bilevel.every == runs[2].values["bilevel.every"]
 
 
-def command(config: TuneConfig, folder: Path) -> list[str]:
-    storage = f"storage={config.storage}"
-    return [sys.executable, "-m", "ray_dwm.cli", "tune", "--config", str(folder / "tune.yaml"), storage]
-
-
+@pytest.mark.timeout(900)  # for machines that do something else too
 def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
     text = SWEEP.replace("large: {set: {train.steps: 8}}", "").replace("promote: 1", "promote: 0")
     config = sweep(shards, tmp_path, text=text)
     options: dict[str, Any] = {"env": console.environment, "cwd": ROOT, "text": True}
+    arguments = ["--config", str(tmp_path / "tune.yaml"), f"storage={config.storage}"]
+    command = [sys.executable, "-m", "ray_dwm.cli", "tune", *arguments]
     with (tmp_path / "first.log").open("w") as log:
-        first = subprocess.Popen(command(config, tmp_path), stdout=log, stderr=subprocess.STDOUT, **options)
+        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
     trials = config.folder / TRIALS
 
     def states() -> list[TrialState]:
@@ -210,7 +208,8 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
     ended = [trial for trial in before if trial.state == TrialState.COMPLETE]
     kept = {path: path.read_bytes() for t in ended for path in (trials / t.user_attrs["folder"]).glob("metrics.jsonl")}
     assert ended and len(kept) == len(ended)
-    second = subprocess.run(command(config, tmp_path), capture_output=True, timeout=400, **options)
+    job = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python", "jobs/tune.py", *arguments]
+    second = subprocess.run(job, capture_output=True, timeout=600, **options)  # the same command, as a job
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"4 trials, {len(ended)} have ended" in second.stdout
     assert {path: path.read_bytes() for path in kept} == kept
