@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,8 +21,10 @@ from optuna.trial import TrialState
 from orchestration.conftest import RAY, ROOT, Console, wait_for
 from orchestration.test_experiment import Trainer, declare, given_dwms_fit  # noqa: F401
 from synthetic import make_shards
+from typer.testing import CliRunner
 
 from ray_dwm.analysis.tuning import Trial
+from ray_dwm.cli import app
 from ray_dwm.config import load
 from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import read_summary
@@ -31,6 +36,7 @@ from ray_dwm.orchestration.study import TRIALS, url_of
 from ray_dwm.orchestration.trial import curve, trial_config, values_of
 from ray_dwm.orchestration.tune import check
 from ray_dwm.orchestration.tune_plan import planned
+from ray_dwm.orchestration.tune_progress import Progress
 from ray_dwm.orchestration.tune_report import Stage, write_report
 from ray_dwm.tuning import TuneConfig, load_tune, scale_config
 
@@ -180,6 +186,37 @@ def test_a_dry_run_plans_every_run_without_data(shards: dict[str, Path], tmp_pat
     ]
     assert runs[1].run.weighting.method == "uniform" and runs[7].run.dwm.mode == "replay"
     assert runs[2].run.bilevel.every == runs[2].values["bilevel.every"]
+
+
+def test_the_shipped_cluster_sweep_is_planned() -> None:
+    done = CliRunner().invoke(app, ["tune", "--config", "configs/tune/370m_to_1.3b.yaml", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    told = " ".join(done.output.split())
+    assert "bilevel.every │ int from 2 to 50, log │ 10" in told
+    assert "370m │ 370m │ 32 │ 8 │ 66 │ 8" in told and "1.3b │ 1.3b │ 10 │ 64 │ 514 │ 64" in told
+    hours = [float(word.replace(",", "")) for word in re.findall(r"total: ([\d,]+) GPU-hours", told)]
+    assert 3000 < hours[0] < 6000  # 32 x 75 at 370M, 10 x 200 at 1.3B
+
+
+def test_progress_is_a_line_for_each_beginning_and_end(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [Trial(id="uniform", control="uniform", state="done", loss=4.0, overhead=0.0)]
+    progress = pickle.loads(pickle.dumps(Progress("x", ["dwm.lr", "bilevel.every"], 3, before)))  # as Tune keeps it
+    progress.setup()
+    config = {"bilevel.every": 3, "dwm.lr": 0.0123456, "folder": "0002", "control": ""}
+    trial = SimpleNamespace(config=config, last_result=None)
+    progress.on_trial_start(0, [], trial)
+    trial.last_result = {"loss": 3.5, "overhead": 0.25}
+    progress.on_trial_result(0, [], trial, trial.last_result)
+    progress.on_trial_complete(0, [], trial)
+    trial.last_result = {**trial.last_result, "loss": 3.25, "complete": 1}
+    progress.on_trial_complete(0, [], trial)
+    progress.on_trial_error(0, [], trial)
+    assert capsys.readouterr().out.splitlines() == [
+        "[x] 1 of 3 ended  0002  lr 0.01235  every 3  begun",
+        "[x] 2 of 3 ended  0002  lr 0.01235  every 3  loss 3.5000  overhead 25.0%  ended early",
+        "[x] 2 of 3 ended  0002  lr 0.01235  every 3  loss 3.2500  overhead 25.0%  done",
+        "[x] 2 of 3 ended  0002  lr 0.01235  every 3  loss 3.2500  overhead 25.0%  failed",
+    ]
 
 
 @pytest.mark.timeout(900)  # for machines that do something else too
