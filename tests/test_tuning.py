@@ -32,6 +32,12 @@ def test_scales_share_what_is_set_and_differ_in_their_files(tmp_path: Path) -> N
     assert config.space["dwm.size"] == Domain(kind="choice", choices=("xs", "s"))
 
 
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where configs/ lies."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+
 def _file(folder: Path) -> Path:
     (folder / "x.yaml").write_text(SWEEP)
     return folder / "x.yaml"

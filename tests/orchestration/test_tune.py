@@ -188,7 +188,9 @@ def test_a_dry_run_plans_every_run_without_data(shards: dict[str, Path], tmp_pat
     assert runs[2].run.bilevel.every == runs[2].values["bilevel.every"]
 
 
-def test_the_shipped_cluster_sweep_is_planned() -> None:
+def test_the_shipped_cluster_sweep_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     done = CliRunner().invoke(app, ["tune", "--config", "configs/tune/370m_to_1.3b.yaml", "--dry-run"])
     assert done.exit_code == 0, done.output
     told = " ".join(done.output.split())
