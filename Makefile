@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-ray test-others checks bench selection-table k8s install clean
+.PHONY: quickstart test test-ray test-others checks bench selection-table dashboards optuna-dashboard tensorboard k8s install clean
 
 install: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,oracle,eval]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,oracle,eval,tune]'
 	@touch $@
 
 quickstart: $(STAMP)
@@ -46,6 +46,22 @@ bench: $(STAMP)
 # Resumes; hours on two cores. The table is runs/selection/leaderboard.md.
 selection-table: $(STAMP)
 	$(BIN)/ray-dwm experiment configs/experiments/selection.yaml
+
+# What a sweep does, live; docs/tune.md. Another one: make dashboards SWEEP=runs/mine
+SWEEP ?= runs/tune-quickstart
+
+dashboards: $(VENV)/.dashboards
+	@$(MAKE) --no-print-directory -j2 optuna-dashboard tensorboard
+
+optuna-dashboard: $(VENV)/.dashboards
+	$(BIN)/optuna-dashboard --host 127.0.0.1 --port 8080 sqlite:///$(SWEEP)/study.db
+
+tensorboard: $(VENV)/.dashboards
+	$(BIN)/tensorboard --host 127.0.0.1 --port 6006 --logdir $(SWEEP)/tune
+
+$(VENV)/.dashboards: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dashboards]'
+	@touch $@
 
 # Needs kubectl. A test compares what is committed with the sources, by their digests where there is no kubectl.
 RENDERED := k8s/rendered

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ray_dwm.configuring import build, frozen, merge, read, require
+from ray_dwm.configuring import build, frozen, merge, nest, read, require
 from ray_dwm.sections import (
     NAME,
     CheckpointConfig,
@@ -176,7 +176,7 @@ class RunConfig:
     @property
     def learns_dwm(self) -> bool:
         """Whether the run has an upper level."""
-        return self.weighting.method == "dwm" and self.dwm.mode == "learn"
+        return self.weighting.method == "dwm" and self.dwm.learns
 
     @property
     def in_stages(self) -> bool:
@@ -190,7 +190,7 @@ class RunConfig:
             "dwm": ("bilevel.target_batch", self.bilevel.target_batch),
             "joint_update_aware": ("weighting.anchor_sequences", self.weighting.anchor_sequences),
         }
-        return None if self.dwm.mode != "learn" and self.weighting.method == "dwm" else draws.get(self.weighting.method)
+        return None if not self.dwm.learns and self.weighting.method == "dwm" else draws.get(self.weighting.method)
 
     @property
     def weighting_label(self) -> str:
@@ -228,8 +228,5 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Run
     for override in overrides:
         key, separator, text = override.partition("=")
         require(bool(separator), f"override {override!r} is not of the form key=value")
-        nested: Any = text
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        merge(values, nested, "", "command line")
+        merge(values, nest(key, text), "", "command line")
     return typing.cast(RunConfig, build(RunConfig, values))

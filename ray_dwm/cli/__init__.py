@@ -10,10 +10,10 @@ import typer
 from ray_dwm.cli.beforehand import doctor, plan
 from ray_dwm.cli.data import prepare, score, select
 from ray_dwm.cli.results import analyze, evaluate, export
-from ray_dwm.cli.training import compare, experiment, train
+from ray_dwm.cli.training import compare, experiment, train, tune
 from ray_dwm.errors import DwmError
 
-COMMANDS = (prepare, select, score, train, doctor, evaluate, export, analyze, plan, compare, experiment)
+COMMANDS = (prepare, select, score, train, doctor, evaluate, export, analyze, plan, compare, experiment, tune)
 """In the order in which `--help` names them."""
 
 app = typer.Typer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -44,11 +44,23 @@ def export_dwm(parts: Parts, train: Manifest, step: int) -> None:
         {
             "version": version,
             "tokenizer_sha256": train.tokenizer_sha256,
-            "learnt_on": {"lm": parts.config.lm.preset, "step": since, "run": parts.config.name},
+            "learnt_on": {
+                "lm": parts.config.lm.preset,
+                "step": since,
+                "run": parts.config.name,
+                "steps": parts.config.train.steps,
+            },
+            "started_from": _origin(Path(dwm.init_from)) if dwm.init_from else None,
             "applied_with": {"temperature": dwm.temperature, "floor": dwm.floor},
         },
     )
     write_trajectory(folder.parent, since, parts.config.train.steps)
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """What a DWM that is learnt further was before, and before that."""
+    config = read_json(folder / "config.json")
+    return {key: config.get(key) for key in ("version", "learnt_on", "started_from")}
 
 
 def export_lm(parts: Parts, train: Manifest) -> None:

@@ -37,7 +37,7 @@ def check(config: RunConfig) -> None:
     if path.is_file():
         before, now = dotted(_stored(path)), dotted(to_dict(config))
         for key in sorted(before.keys() | now.keys()):
-            if not _is_free(key, config) and before.get(key) != now.get(key):
+            if not is_free(key, config) and before.get(key) != now.get(key):
                 raise ConfigError(
                     f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
                     "choose another name=..., or remove the folder"
@@ -48,7 +48,8 @@ def check(config: RunConfig) -> None:
         raise UserError(f"run folder {config.run_dir} cannot be written: choose another storage=...")
 
 
-def _is_free(key: str, config: RunConfig) -> bool:
+def is_free(key: str, config: RunConfig) -> bool:
+    """Whether a dotted key may differ when the run is continued."""
     if config.in_stages and key.startswith(_CHOICE):
         return False
     return key.split(".")[0] in _FREE or key in _FREE_KEYS

@@ -104,7 +104,7 @@ def _check_given_dwm(config: RunConfig, train: Manifest) -> None:
     """Read the DWM that a run is given, so that one that does not fit is told before anything starts."""
     if config.weighting.method != "dwm":
         return
-    if config.dwm.mode != "learn":
+    if not config.dwm.learns:
         ReplayedWeighting(config, train.tokenizer_sha256, torch.device("cpu"))
     elif config.dwm.init_from:
         build_learner(config, train)
@@ -216,7 +216,7 @@ def build(
     lower = LowerLevel(model, mesh, config.train)
     targets = {name: open_shards(folder) for name, folder in target_sets(config).items()}
     weighting: Weighting | None = None
-    if config.weighting.method == "dwm" and config.dwm.mode != "learn":
+    if config.weighting.method == "dwm" and not config.dwm.learns:
         weighting = ReplayedWeighting(config, train.tokenizer_sha256, place)
     elif config.weighting.method == "dwm":
         weighting = build_weigher(config, train, service, place)

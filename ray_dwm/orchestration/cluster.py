@@ -27,10 +27,13 @@ _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Makes PyTorch ask for huge pages: on a CPU it touches fresh memory at every step, page by page."""
 
 
-def connect(config: RunConfig) -> None:
+def connect(config: RunConfig, at_once: int = 1) -> None:
     """Join the cluster that RAY_ADDRESS (or the Ray job) names; without one, start one of this machine's size.
 
     A local cluster gets as many logical CPUs as the run asks for, so that a laptop can run it.
+
+    Args:
+        at_once: such runs at the same time.
 
     Raises:
         ResourceError: no cluster at the address.
@@ -49,7 +52,7 @@ def connect(config: RunConfig) -> None:
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
             cpus = max(
-                os.cpu_count() or 1, _cpus(config, True, config.cluster.most_workers)
+                os.cpu_count() or 1, at_once * _cpus(config, True, config.cluster.most_workers)
             )  # `compare` trains with and without in turn
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
     except (OSError, RuntimeError, ValueError) as error:

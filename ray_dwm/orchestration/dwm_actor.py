@@ -101,6 +101,7 @@ def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
         "max_task_retries": -1,
         "num_cpus": actor_cpus(config),
         "num_gpus": config.cluster.dwm_gpus,
+        "scheduling_strategy": "DEFAULT",  # a sweep's trial lies in a placement group that holds its driver alone
     }
     deadline = time.monotonic() + _NAME_TIMEOUT_S
     while True:
