@@ -250,8 +250,8 @@ def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str
 
 
 def _reason(config: RunConfig, error: ray.train.TrainingFailedError) -> str:
-    first = first_failure(config.run_dir, getattr(error, "worker_failures", None) or {})
+    first = first_failure(config.run_dir, getattr(error, "worker_failures", None) or {}) or last_words(error)
     return (
-        f"[{config.name}] gave up after {config.cluster.max_failures} restarts: {first or last_words(error)}; start the "
-        "same command again to continue from the last checkpoint"
+        f"[{config.name}] gave up after {config.cluster.max_failures} restarts: {first}; start the same command again "
+        "to continue from the last checkpoint"
     )

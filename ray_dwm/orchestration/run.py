@@ -40,8 +40,8 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     workers = preflight(config)
     if workers < config.cluster.most_workers:
         say(
-            f"the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the others join when "
-            "nodes come",
+            f"the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the others join "
+            "when nodes come",
             run=config.name,
         )
     with claim(config):

@@ -143,6 +143,11 @@ SERIES = (
     ),
 )
 
+RAY_SERIES = frozenset(
+    {"ray_data_iter_total_blocked_seconds", "ray_train_controller_state", "ray_node_mem_used", "ray_node_mem_total"}
+)
+"""Of Ray's own, those that the dashboard shows beside ours."""
+
 BY_NAME = {series.name: series for series in SERIES}
 
 
