@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-ray test-others checks bench selection-table install clean
+.PHONY: quickstart test test-ray test-others checks bench selection-table monitoring-tools install clean
 
 install: $(STAMP)
 
@@ -46,6 +46,11 @@ bench: $(STAMP)
 # Resumes; hours on two cores. The table is runs/selection/leaderboard.md.
 selection-table: $(STAMP)
 	$(BIN)/ray-dwm experiment configs/experiments/selection.yaml
+
+# Prometheus and promtool, which the tests marked `prometheus` need; on Debian and Ubuntu.
+monitoring-tools:
+	@command -v apt-get > /dev/null || { echo "apt-get is needed: install prometheus by other means"; exit 2; }
+	@if command -v promtool; then true; else apt-get update && apt-get install -y --no-install-recommends prometheus; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -55,15 +55,16 @@ class JsonLines(logging.Formatter):
 
 
 _FORMATTERS: dict[Style, type[logging.Formatter]] = {"text": TextLines, "json": JsonLines}
+_HANDLER = _Stdout()
+_HANDLER.setFormatter(TextLines())
+_LOGGER.addHandler(_HANDLER)
+_LOGGER.setLevel(logging.INFO)
+_LOGGER.propagate = False
 
 
 def setup(style: Style) -> None:
     """Make this process say everything in a style from now on."""
-    handler = _Stdout()
-    handler.setFormatter(_FORMATTERS[style]())
-    _LOGGER.handlers = [handler]
-    _LOGGER.setLevel(logging.INFO)
-    _LOGGER.propagate = False
+    _HANDLER.setFormatter(_FORMATTERS[style]())
 
 
 def style_of(wanted: str, worker: bool = False) -> Style:
@@ -84,7 +85,7 @@ def in_job() -> bool:
 
 def in_json() -> bool:
     """Whether this process says everything in JSON."""
-    return any(isinstance(handler.formatter, JsonLines) for handler in _LOGGER.handlers)
+    return isinstance(_HANDLER.formatter, JsonLines)
 
 
 def bind(**fields: Any) -> None:
@@ -110,6 +111,4 @@ def record(text: str, error: BaseException | None = None, **fields: Any) -> None
 
 
 def _log(level: int, text: str, fields: dict[str, Any], error: BaseException | None = None) -> None:
-    if not _LOGGER.handlers:
-        setup("text")
     _LOGGER.log(level, text, extra={"fields": fields}, exc_info=error)

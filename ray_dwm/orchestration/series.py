@@ -158,3 +158,7 @@ def markdown_table() -> str:
         tags = ", ".join(f"`{tag}`" for tag in s.tags)
         lines.append(f"| `{s.exported}` | {s.kind} | {s.unit} | {s.help} | {s.place} | {tags} | {s.only} |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")
