@@ -104,11 +104,12 @@ def say(text: str, **fields: Any) -> None:
     _log(level, text, fields)
 
 
-def record(text: str, error: BaseException | None = None, **fields: Any) -> None:
-    """One event for collectors alone; with an error, its type and traceback."""
+def record(text: str, cause: BaseException | None = None, **fields: Any) -> None:
+    """One event for collectors alone; with a cause, or a field `error`, an error, and with its traceback."""
     if in_json():
-        _log(logging.ERROR if error is not None else logging.INFO, text, fields, error)
+        failed = cause is not None or "error" in fields
+        _log(logging.ERROR if failed else logging.INFO, text, fields, cause)
 
 
-def _log(level: int, text: str, fields: dict[str, Any], error: BaseException | None = None) -> None:
-    _LOGGER.log(level, text, extra={"fields": fields}, exc_info=error)
+def _log(level: int, text: str, fields: dict[str, Any], cause: BaseException | None = None) -> None:
+    _LOGGER.log(level, text, extra={"fields": fields}, exc_info=cause)

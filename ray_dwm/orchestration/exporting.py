@@ -16,7 +16,7 @@ from ray.util.metrics import Counter, Gauge
 from ray_dwm.config import RunConfig
 from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.metrics import Metrics
-from ray_dwm.errors import DwmError, Stopped
+from ray_dwm.errors import Stopped, TrainingError
 from ray_dwm.orchestration.series import BY_NAME, PLACE_TAGS, SERIES, Place, Series
 
 
@@ -126,7 +126,7 @@ def active(config: RunConfig) -> Iterator[None]:
     exporter.put("lm_run_active", 1)
     try:
         yield
-    except DwmError as error:
+    except TrainingError as error:
         if error.kind != Stopped.kind:
             exporter.put("lm_failures_total", 1, kind=error.kind)
         raise

@@ -147,12 +147,12 @@ def _folder(run_dir: Path) -> Path:
 def next_attempt(run_dir: Path) -> int:
     """Count one more start of the worker group on a run folder, from 1; by one rank."""
     path = run_dir / "attempts"
+    number = 1
     with suppress(OSError, ValueError):
         number = int(path.read_text()) + 1
+    with suppress(OSError):  # of a full disk the checkpoint tells
         write_whole(path, f"{number}\n")
-        return number
-    write_whole(path, "1\n")
-    return 1
+    return number
 
 
 def first_failure(run_dir: Path, failures: Mapping[int, BaseException]) -> str:
