@@ -36,12 +36,14 @@ def test_json_has_the_run_the_attempt_the_rank_and_the_step(capsys: pytest.Captu
         raise ValueError("no good")
     except ValueError as error:
         logs.record("it ends", error, step=8)
-    first, second, third = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    logs.record("the run has failed", error="ValueError: no good")
+    first, second, third, fourth = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert [first[key] for key in ("run", "attempt", "rank", "step")] == [None] * 4
     place = {"run": "mine", "attempt": 2, "rank": 1, "step": 7}
     told = {"level": "warning", "message": "low\nin two lines", "fidelity": 0.25}
     assert second == {"time": second["time"], **told, **place}
     assert second["time"].endswith("+00:00")
+    assert (fourth["level"], fourth["error"]) == ("error", "ValueError: no good") and "traceback" not in fourth
     assert (third["level"], third["step"]) == ("error", 8) and third["traceback"].endswith("ValueError: no good")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic import tiny_config
 
-from ray_dwm.errors import Collapsed, DwmError, NotFinite, Stopped, TrainingError
+from ray_dwm.errors import Collapsed, DwmError, NotFinite, ResourceError, Stopped, TrainingError
 from ray_dwm.orchestration import exporting
 from ray_dwm.orchestration.exporting import RaySink, active, find
 from ray_dwm.orchestration.series import BY_NAME, RANK, RUN, RUN_ID, SERIES
@@ -117,6 +117,7 @@ def test_what_is_not_finite_and_counters_without_growth_are_left_out(monkeypatch
         (Collapsed("x"), "collapsed"),
         (TrainingError("x"), "other"),
         (Stopped("x"), None),
+        (ResourceError("x"), None),
     ],
 )
 def test_failed_runs_are_counted_by_kind(
