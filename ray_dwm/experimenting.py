@@ -111,6 +111,9 @@ class ExperimentConfig:
         self._known("baseline", self.baseline, self.methods)
         if self.repeat:
             self._known("repeat", self.repeat, self.methods)
+        labels = [self.label(name) for name in self.methods]
+        same = sorted({label for label in labels if labels.count(label) > 1})
+        require(not same, f"methods: {', '.join(same)} is the label of more than one: give each its own")
         for name, method in self.methods.items():
             for other in method.against:
                 self._known(f"methods.{name}.against", other, self.methods)

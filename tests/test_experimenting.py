@@ -107,6 +107,7 @@ def test_one_size_is_named_by_its_preset(tmp_path: Path) -> None:
     [
         ("seeds:", "sedes:", "unknown configuration key sedes: did you mean seeds?"),
         ("label: DWM", "labell: DWM", "unknown configuration key methods.dwm.labell: did you mean methods.dwm.label?"),
+        ("label: DWM", "label: uniform", "uniform is the label of more than one"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "seeds names 3 twice"),
         ("seeds: [3, 4]", "seeds: []", "seeds is empty"),
         ("name: x", "name: ..", "name is '..'"),

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import ROOT, Console, Scraper, wait_for
+from orchestration.conftest import PATIENCE_S, ROOT, Console, Scraper, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +33,7 @@ HOLD = """
 import time, ray
 ray.init(log_to_driver=False)
 group = ray.util.placement_group([{"CPU": 7}])
-assert group.wait(60)
+assert group.wait(400)
 print("held", flush=True)
 time.sleep(120)
 """
@@ -171,14 +171,14 @@ def test_kill_9_leaves_no_trace(
     config = tiny_config(shards, tmp_path, *OPTIONS, f"name=killed-{victim}")
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
     victims = console.processes(title) if title else [psutil.Process(process.pid)]
     assert victims, f"no process {title}"
     os.kill(victims[0].pid, signal.SIGKILL)
     assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
     if victim == "driver":
-        process.wait(30)
-        wait_for(lambda: not console.processes("ray::RayTrainWorker"), 60, "the end of the orphaned workers")
+        process.wait(PATIENCE_S)
+        wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the orphaned workers")
         process = console.start(config)
     console.finish(config, process)
     assert figures(config) == figures(undisturbed)
@@ -191,14 +191,14 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
     config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped")
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
     process.send_signal(signal.SIGTERM)
     last = console.finish(config, process, code=1).splitlines()[-1]
     step = len(path.read_text().splitlines()) - 1
     assert last == f"error: [stopped] stopped at step {step}: checkpoint saved, the same command continues"
     assert step < 60, "the run was over before the signal"
     assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
-    wait_for(lambda: not console.processes("ray::RayTrainWorker"), 30, "the end of the workers")
+    wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the workers")
     console.finish(config, console.start(config))
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
@@ -212,10 +212,10 @@ def test_sigterm_while_workers_are_waited_for_ends_the_command(
     try:
         assert holder.stdout is not None and "held" in holder.stdout.readline()
         process = console.start(config)
-        wait_for(lambda: "starting 2 workers" in console.output(config), 60, "the wait for workers")
+        wait_for(lambda: "starting 2 workers" in console.output(config), "the wait for workers")
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(PATIENCE_S)
     finally:
         holder.kill()
         holder.wait()
@@ -227,7 +227,7 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     """`ray job submit` with the source tree as working folder."""
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_job_succeeds_and_shows_progress(cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path) -> None:
