@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-ray test-others checks bench selection-table dashboards optuna-dashboard tensorboard k8s install clean
+.PHONY: quickstart test test-ray test-others checks bench selection-table dashboards optuna-dashboard tensorboard k8s monitoring-tools install clean
 
 install: $(STAMP)
 
@@ -70,6 +70,11 @@ k8s:
 	rm -rf $(RENDERED) && mkdir $(RENDERED)
 	set -e; for overlay in k8s/overlays/*; do kubectl kustomize $$overlay > $(RENDERED)/$${overlay##*/}.yaml; done
 	find k8s -name '*.yaml' -not -path '$(RENDERED)/*' -o -path 'k8s/monitoring/*.json' | LC_ALL=C sort | xargs sha256sum > $(RENDERED)/SOURCES.sha256
+
+# Prometheus and promtool, which the tests marked `prometheus` need; on Debian and Ubuntu.
+monitoring-tools:
+	@command -v apt-get > /dev/null || { echo "apt-get is needed: install prometheus by other means"; exit 2; }
+	@if command -v promtool; then true; else apt-get update && apt-get install -y --no-install-recommends prometheus; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -233,6 +233,8 @@ class TrackingConfig:
     group: str = ""
     weights_every: int = 1
     """Steps between two records of all weights in weights/*.parquet."""
+    logs: Literal["auto", "text", "json"] = "auto"
+    """What the run says: text for people, or JSON lines; auto: JSON in a Ray job and in the workers' own logs."""
 
     def __post_init__(self) -> None:
         positive("tracking", self, "weights_every")

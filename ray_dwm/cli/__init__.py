@@ -12,6 +12,7 @@ from ray_dwm.cli.data import prepare, score, select
 from ray_dwm.cli.results import analyze, evaluate, export
 from ray_dwm.cli.training import compare, experiment, train, tune
 from ray_dwm.errors import DwmError
+from ray_dwm.logs import record
 
 COMMANDS = (prepare, select, score, train, doctor, evaluate, export, analyze, plan, compare, experiment, tune)
 """In the order in which `--help` names them."""
@@ -34,6 +35,7 @@ def main() -> None:
     try:
         app()
     except DwmError as error:
+        record(str(error), error, exit_code=error.exit_code)
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # as of `| head`: nobody is left to be told

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ray_dwm import logs
+
 MESSAGES = "messages.log"
 
 
 def say(run_dir: Path, text: str) -> None:
     """One line, by one rank; the file is for those who do not see a worker's output, as on Ray."""
-    print(_line(run_dir, text), flush=True)
+    logs.say(text, run=run_dir.name)
     note(run_dir, text)
 
 
 def note(run_dir: Path, text: str) -> None:
     """The same, to the file alone."""
     with (run_dir / MESSAGES).open("a") as stream:
-        stream.write(_line(run_dir, text) + "\n")
-
-
-def _line(run_dir: Path, text: str) -> str:
-    return f"[{run_dir.name}] {text}"
+        stream.write(f"[{run_dir.name}] {text}\n")

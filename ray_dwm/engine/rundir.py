@@ -133,18 +133,26 @@ def running_path(config: RunConfig) -> Path:
     return config.run_dir / "running"
 
 
-def record_failure(config: RunConfig, error: DwmError) -> None:
-    """Leave the reason for an end before the end; the first one stays."""
+def record_failure(config: RunConfig, error: DwmError, where: str = "") -> None:
+    """Leave the reason for an end before the end; the first one stays.
+
+    Args:
+        where: who met it.
+    """
     path = failure_path(config)
     if not path.exists():
-        write_whole(path, json.dumps({"message": str(error), "exit_code": error.exit_code}))
+        message = f"{error} ({where})" if where else str(error)
+        write_whole(path, json.dumps({"message": message, "exit_code": error.exit_code, "kind": error.kind}))
 
 
 def raise_failure(config: RunConfig) -> None:
     """Raise what a worker left, if it did; always as a failure of the running run."""
     path = failure_path(config)
     if path.exists():
-        raise TrainingError(json.loads(path.read_text())["message"])
+        left = read_json(path)
+        error = TrainingError(left["message"])
+        error.kind = left["kind"]
+        raise error
 
 
 def read_summary(config: RunConfig) -> dict[str, Any] | None:

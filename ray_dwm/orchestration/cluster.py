@@ -18,6 +18,7 @@ from ray._private.state import available_resources_per_node
 
 from ray_dwm.config import RunConfig
 from ray_dwm.errors import ResourceError
+from ray_dwm.logs import in_job, in_json, say
 
 NAMESPACE = "ray_dwm"
 DRIVER_HEADROOM_CPUS = 1
@@ -42,7 +43,9 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
+    if in_json():  # what Ray itself says here and in the workers
+        quiet["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="ERROR")
     # Workers import the package from where the driver did, also when it runs from a source tree.
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **_huge_pages()}}
     try:
@@ -91,11 +94,6 @@ def quiet_ray_data() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def in_job() -> bool:
-    """Whether this is a Ray job, whose working folder is a temporary copy."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def is_temporary(folder: str) -> bool:
     """Whether a folder would lie in a Ray job's working folder, which other nodes do not see."""
     return in_job() and not Path(folder).expanduser().is_absolute()
@@ -104,10 +102,9 @@ def is_temporary(folder: str) -> bool:
 def warn_if_temporary(key: str, folder: str) -> None:
     """Say that a relative folder goes with a Ray job's working folder."""
     if folder and is_temporary(folder):
-        print(
+        say(
             f"warning: {key}={folder} is relative, and a Ray job's working folder is temporary: pass "
-            f"{key}=/a/shared/folder to keep what is made and to be able to resume",
-            flush=True,
+            f"{key}=/a/shared/folder to keep what is made and to be able to resume"
         )
 
 

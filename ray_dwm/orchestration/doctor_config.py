@@ -15,8 +15,9 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
 from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan, seq_len
+from ray_dwm.logs import in_job
 from ray_dwm.models.lm import parameter_count
-from ray_dwm.orchestration.cluster import fitting, in_job, needed, worker_bundle
+from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.mates import check_stages

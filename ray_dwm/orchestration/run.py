@@ -12,6 +12,7 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.rundir import check, claim, read_summary
 from ray_dwm.engine.setup import check_checkpoint, check_data, evaluation_sets
 from ray_dwm.evaluation.taskfile import is_path
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect, preflight
 from ray_dwm.orchestration.evaluate import Evaluations, check_tasks
 from ray_dwm.orchestration.fit import fit
@@ -34,20 +35,20 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     check(config)
     done = read_summary(config)
     if done is not None:
-        print(f"[{config.name}] is complete already: {config.run_dir}", flush=True)
+        say(f"is complete already: {config.run_dir}", run=config.name)
         return done
     check_checkpoint(config, manifest)
     overlaps = check_tasks(config)
     connect(config)
     workers = preflight(config)
     if workers < config.cluster.most_workers:
-        print(
-            f"[{config.name}] the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the "
-            "others join when nodes come",
-            flush=True,
+        say(
+            f"the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the others join "
+            "when nodes come",
+            run=config.name,
         )
     with claim(config):
-        print(f"[{config.name}] run folder {config.run_dir}", flush=True)
+        say(f"run folder {config.run_dir}", run=config.name)
         with Evaluations(config, overlaps) as evaluations:
             summary = train(config, manifest)
             evaluations.finish()
