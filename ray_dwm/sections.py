@@ -165,15 +165,19 @@ class ClusterConfig:
     """Restarts of the worker group before the run gives up; -1 never does."""
     ingest_memory_mb: int = 512
     """Object store memory that one worker's ingest may hold."""
+    nodes_within_s: float = 0.0
+    """Seconds in which nodes may still join a cluster that is too small; 0: the run is refused at once."""
+    free_within_s: float = 3600.0
+    """Seconds in which others must give back what the run needs."""
 
     def __post_init__(self) -> None:
-        positive("cluster", self, "cpus_per_worker", "ingest_memory_mb")
+        positive("cluster", self, "cpus_per_worker", "ingest_memory_mb", "free_within_s")
         require(self.least_workers > 0, f"cluster.workers is {self.least_workers}: it must be greater than 0")
         require(
             self.least_workers <= self.most_workers,
             f"cluster.workers is [{self.least_workers}, {self.most_workers}]: the first number is the least of them",
         )
-        not_negative("cluster", self, "gpus_per_worker", "dwm_cpus", "dwm_gpus")
+        not_negative("cluster", self, "gpus_per_worker", "dwm_cpus", "dwm_gpus", "nodes_within_s")
         for name in ("cpus_per_worker", "gpus_per_worker"):
             value = getattr(self, name)
             require(

@@ -147,7 +147,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("nonsense", "is not of the form key=value"),
         ("name=..", "name is '..'"),
         ("name=" + "x" * 300, "at most 128"),
-        ("storage=s3://bucket/runs", "it must be a mounted folder"),
+        ("storage=s3://bucket/runs", "runs are written to a folder, not to an address"),
         ("storage=", "storage is empty"),
         ("seed=-1", "seed is -1"),
         ("data.held_out.target=x", "a set named 'target'"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.util.client
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
 
@@ -148,8 +149,15 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def by_client() -> bool:
+    """Whether this process is outside of the cluster, with Ray Client (ray://) between them."""
+    return bool(ray.util.client.ray.is_connected())
+
+
 def free_resources() -> dict[str, dict[str, float]]:
-    """ID of each node -> what nobody holds there at the moment; asked from within, as Ray Client cannot."""
+    """ID of each node -> what nobody holds there at the moment; asked from within, where Ray Client cannot."""
+    if not by_client():
+        return dict(available_resources_per_node())
     free: dict[str, dict[str, float]] = ray.get(ray.remote(available_resources_per_node).options(num_cpus=0).remote())
     return free
 

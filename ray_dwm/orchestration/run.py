@@ -11,8 +11,9 @@ from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.rundir import check, claim, read_summary
 from ray_dwm.engine.setup import check_checkpoint, check_data, evaluation_sets
-from ray_dwm.orchestration.cluster import connect, preflight
+from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.fit import fit
+from ray_dwm.orchestration.placement import await_resources, prove_storage
 
 
 def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]] = fit) -> dict[str, Any]:
@@ -36,13 +37,14 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
         return done
     check_checkpoint(config, manifest)
     connect(config)
-    workers = preflight(config)
+    workers = await_resources(config)
     if workers < config.cluster.most_workers:
         print(
             f"[{config.name}] the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the "
             "others join when nodes come",
             flush=True,
         )
+    prove_storage(config)
     with claim(config):
         print(f"[{config.name}] run folder {config.run_dir}", flush=True)
         return train(config, manifest)
