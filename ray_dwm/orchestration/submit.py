@@ -206,7 +206,7 @@ def _knock(address: str) -> None:
 
 
 def _no_entry(address: str, error: AuthenticationError) -> ResourceError:
-    what = "the one given is wrong" if "Invalid" in str(error) else "none was given"
+    what = "none was given" if "Authentication required" in str(error) else "the one given is wrong"
     return ResourceError(
         f"the cluster at {address} asks for a token, and {what}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or "
         "RAY_AUTH_TOKEN_PATH to a file with it"

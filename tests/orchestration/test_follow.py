@@ -131,6 +131,7 @@ def test_ctrl_c_asks_whether_to_stop(
         (details("FAILED", 1, "its log says why"), 1, ""),
         (details("FAILED", 2), 2, ""),
         (details("FAILED", -9), 137, "killed by SIGKILL: the same command continues"),
+        (details("FAILED", 137), 137, "killed by SIGKILL"),
         (details("STOPPED"), 1, "was stopped: the same command continues"),
     ],
 )
