@@ -117,9 +117,9 @@ def exit_code(job: JobDetails) -> int:
     if code is None:
         reason = message[0] if message else "Ray does not say why"
         raise TrainingError(f"job {job.submission_id} did not run to an end: {reason}")
-    if code < 0:
-        print(
-            f"[{job.submission_id}] was killed by {signal.Signals(-code).name}: the same command continues", flush=True
-        )
-        return 128 - code
+    killed_by = -code if code < 0 else code - 128  # the latter is what a shell says of what it ran
+    if killed_by in set(signal.Signals):
+        name = signal.Signals(killed_by).name
+        print(f"[{job.submission_id}] was killed by {name}: the same command continues", flush=True)
+        return 128 + killed_by
     return code

@@ -1,4 +1,4 @@
-"""An elastic worker group on three real nodes, of which one is lost: the run ends on the others as if nothing had been."""
+"""An elastic worker group on three real nodes, of which one is lost: the others end the run as if nothing had been."""
 
 from __future__ import annotations
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -38,6 +41,9 @@ class Server:
         upto, error = self.connections.pop(0)
         for line in self.log[:upto].splitlines(keepends=True):
             yield line
+        if isinstance(error, KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
         if error is not None:
             raise error
 
