@@ -66,9 +66,20 @@ class DataConfig:
                     bool(NAME.fullmatch(name)) and name not in ("train", "target"),
                     f"data.{section} has a set named {name!r}: use letters, digits, _ - . and neither train nor target",
                 )
+        for key, folder in self._folders():
+            require(
+                "://" not in folder,
+                f"data.{key} is {folder!r}: shards are read from a folder, not from an address; mount it as a file "
+                "system on all nodes, at the same path",
+            )
         twice = sorted(self.held_out.keys() & self.more_targets.keys())
         require(not twice, f"data.held_out and data.more_targets both have a set named {', '.join(twice)}")
         require(bool(self.target) or not self.more_targets, "data.more_targets needs data.target, the first of them")
+
+    def _folders(self) -> list[tuple[str, str]]:
+        more = [(f"more_targets.{name}", folder) for name, folder in self.more_targets.items()]
+        held_out = [(f"held_out.{name}", folder) for name, folder in self.held_out.items()]
+        return [("train", self.train), ("target", self.target), *more, *held_out]
 
 
 @frozen

@@ -148,6 +148,8 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
         ("name=..", "name is '..'"),
         ("name=" + "x" * 300, "at most 128"),
         ("storage=s3://bucket/runs", "runs are written to a folder, not to an address"),
+        ("data.held_out.x=s3://bucket/x", "data.held_out.x is 's3://bucket/x': shards are read from a folder"),
+        ("cluster.free_within_s=0", "cluster.free_within_s is 0.0: it must be greater than 0"),
         ("storage=", "storage is empty"),
         ("seed=-1", "seed is -1"),
         ("data.held_out.target=x", "a set named 'target'"),
