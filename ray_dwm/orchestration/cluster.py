@@ -16,6 +16,7 @@ import ray.data
 import ray.util.client
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
+from ray.exceptions import AuthenticationError
 
 from ray_dwm.config import RunConfig
 from ray_dwm.errors import ResourceError
@@ -34,7 +35,7 @@ def connect(config: RunConfig) -> None:
     A local cluster gets as many logical CPUs as the run asks for, so that a laptop can run it.
 
     Raises:
-        ResourceError: no cluster at the address.
+        ResourceError: no cluster at the address, or one that wants a token or has other versions.
     """
     quiet_ray_data()
     if ray.is_initialized():
@@ -53,6 +54,8 @@ def connect(config: RunConfig) -> None:
                 os.cpu_count() or 1, _cpus(config, True, config.cluster.most_workers)
             )  # `compare` trains with and without in turn
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
+    except AuthenticationError as error:
+        raise no_entry(address or "this machine", error) from None
     except (OSError, RuntimeError, ValueError) as error:
         if "Version mismatch" in str(error):
             versions = re.sub(r":? *\n *", " ", str(error).strip())
@@ -67,6 +70,15 @@ def unreachable(address: str, reason: str) -> ResourceError:
     return ResourceError(
         f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, or unset RAY_ADDRESS to "
         "use this machine"
+    )
+
+
+def no_entry(address: str, error: AuthenticationError) -> ResourceError:
+    """The error of a cluster that was given no token, or a wrong one."""
+    reason = error.message.strip().splitlines()[0]
+    return ResourceError(
+        f"the cluster at {address} wants its token ({reason}): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or "
+        "RAY_AUTH_TOKEN_PATH to a file with it"
     )
 
 

@@ -23,7 +23,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 from ray_dwm import __version__
 from ray_dwm.config import load, to_yaml
 from ray_dwm.errors import ResourceError, UserError
-from ray_dwm.orchestration.cluster import probe
+from ray_dwm.orchestration.cluster import no_entry, probe
 from ray_dwm.orchestration.follow import Watch
 from ray_dwm.orchestration.upload import RUNTIME_ENV, Sizes, check_size, listing, read_runtime_env
 
@@ -179,7 +179,7 @@ def connect(address: str) -> JobSubmissionClient:
         _knock(given)
         client = JobSubmissionClient()
     except AuthenticationError as error:
-        raise _no_entry(given, error) from None
+        raise no_entry(given, error) from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ResourceError(
@@ -203,14 +203,6 @@ def _knock(address: str) -> None:
     url = urlsplit(address)
     port = url.port or (443 if url.scheme == "https" else 80)
     socket.create_connection((url.hostname or "", port), timeout=_TIMEOUT_S).close()
-
-
-def _no_entry(address: str, error: AuthenticationError) -> ResourceError:
-    what = "none was given" if "Authentication required" in str(error) else "the one given is wrong"
-    return ResourceError(
-        f"the cluster at {address} asks for a token, and {what}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or "
-        "RAY_AUTH_TOKEN_PATH to a file with it"
-    )
 
 
 def _start(
