@@ -48,8 +48,11 @@ class Watch:
                     self._say(f"goes on: the same command follows it again, `ray job stop {self._id}` stops it")
                     return LEFT
             stopping = True
-            self._client.stop_job(self._id)
-            self._say("is asked to stop; a run saves a checkpoint first. Ctrl-C leaves it to itself")
+            try:
+                self._client.stop_job(self._id)
+                self._say("is asked to stop; a run saves a checkpoint first. Ctrl-C leaves it to itself")
+            except _LOST as error:
+                self._say(f"cannot be asked to stop ({_reason(error)}): `ray job stop {self._id}` does it later")
 
     def _follow(self) -> JobDetails:
         failures = 0
@@ -65,9 +68,8 @@ class Watch:
             except _LOST as error:
                 failures += 1
                 if failures == _TRIES:
-                    reason = next(iter(str(error).splitlines()), type(error).__name__)
                     raise TrainingError(
-                        f"the cluster does not answer any more ({reason}); job {self._id} may go on: the same command "
+                        f"the cluster does not answer any more ({_reason(error)}); job {self._id} may go on: the same command "
                         "follows it, or starts its next attempt"
                     ) from None
             time.sleep(_PAUSE_S)
@@ -90,6 +92,10 @@ class Watch:
 
     def _say(self, text: str) -> None:
         print(f"[{self._id}] {text}", flush=True)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _wants_stop() -> bool:

@@ -65,8 +65,8 @@ def submit(request: Request) -> int:
         check_file(folder, file, sizes)
     size = check_size(folder.absolute(), sizes)
     name, digest = identify(request.job, request.arguments, folder, files, overrides)
-    client = connect(request.address)
-    submission_id, running = attempt(f"{request.job}-{name}-{digest[:8]}", client.list_jobs())
+    client, jobs = connect(request.address)
+    submission_id, running = attempt(f"{request.job}-{name}-{digest[:8]}", jobs)
     if running:
         print(f"[{submission_id}] is running already", flush=True)
     else:
@@ -164,8 +164,8 @@ def attempt(base: str, jobs: Iterable[JobDetails]) -> tuple[str, bool]:
     return f"{base}-{newest + 1}", False
 
 
-def connect(address: str) -> JobSubmissionClient:
-    """A client of the cluster's job server.
+def connect(address: str) -> tuple[JobSubmissionClient, list[JobDetails]]:
+    """A client of the cluster's job server, and the jobs that it knows.
 
     Raises:
         ResourceError: nobody answers, the token is missing or wrong, or Ray's version is another one.
@@ -178,6 +178,7 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         _knock(given)
         client = JobSubmissionClient()
+        jobs = client.list_jobs()
     except AuthenticationError as error:
         raise no_entry(given, error) from None
     except (OSError, RuntimeError, ValueError) as error:
@@ -192,7 +193,7 @@ def connect(address: str) -> JobSubmissionClient:
             f"the cluster at {client.get_address()} runs Ray {there}, here is {ray.__version__}: install the same here "
             "and there"
         )
-    return client
+    return client, jobs
 
 
 def _knock(address: str) -> None:
