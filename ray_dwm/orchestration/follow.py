@@ -60,8 +60,8 @@ class Watch:
             with suppress(*_LOST):
                 asyncio.run(self._tail())
             try:
+                job = self._client.get_job_info(self._id)  # before the log: what is over says nothing more
                 self._print(self._client.get_job_logs(self._id), 0)  # also where a proxy lets no web socket through
-                job = self._client.get_job_info(self._id)
                 failures = 0
                 if job.status.is_terminal():
                     return job
@@ -69,8 +69,8 @@ class Watch:
                 failures += 1
                 if failures == _TRIES:
                     raise TrainingError(
-                        f"the cluster does not answer any more ({_reason(error)}); job {self._id} may go on: the same command "
-                        "follows it, or starts its next attempt"
+                        f"the cluster does not answer any more ({_reason(error)}); job {self._id} may go on: the same "
+                        "command follows it, or starts its next attempt"
                     ) from None
             time.sleep(_PAUSE_S)
 
