@@ -1,11 +1,11 @@
-# make quickstart | test | checks | bench: each creates its own .venv first, nothing else is needed.
+# make quickstart | test | checks | bench | k8s: each creates its own .venv first, nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-ray test-others checks bench selection-table install clean
+.PHONY: quickstart test test-ray test-others checks bench selection-table k8s install clean
 
 install: $(STAMP)
 
@@ -46,6 +46,14 @@ bench: $(STAMP)
 # Resumes; hours on two cores. The table is runs/selection/leaderboard.md.
 selection-table: $(STAMP)
 	$(BIN)/ray-dwm experiment configs/experiments/selection.yaml
+
+# Needs kubectl. A test compares what is committed with the sources, by their digests where there is no kubectl.
+RENDERED := k8s/rendered
+k8s:
+	@command -v kubectl > /dev/null || { echo "kubectl is needed to render the manifests: install it, or use $(RENDERED)/"; exit 2; }
+	rm -rf $(RENDERED) && mkdir $(RENDERED)
+	set -e; for overlay in k8s/overlays/*; do kubectl kustomize $$overlay > $(RENDERED)/$${overlay##*/}.yaml; done
+	find k8s -name '*.yaml' -not -path '$(RENDERED)/*' -o -path 'k8s/monitoring/*.json' | LC_ALL=C sort | xargs sha256sum > $(RENDERED)/SOURCES.sha256
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 NOTICE_INTERVAL_S = 5.0
 """Between two looks, by all ranks together, at whether a node is about to be taken away."""
+SAME_REQUEST_S = 30.0
+"""For so long after the first, a further SIGTERM is the same request: where a job is deleted on Kubernetes, Ray sends
+one to the driver and to its children, the pod's hook another, and an experiment's driver one to its cells."""
 
 
 @contextmanager
 def on_sigterm(ask: Callable[[], object]) -> Iterator[None]:
-    """Call `ask` at a SIGTERM instead of dying of it; a second one ends the process as ever.
+    """Call `ask` at a SIGTERM instead of dying of it; a second one, SAME_REQUEST_S later, ends the process as ever.
 
     Only a process's main thread may take signals: in another one, as in Ray's workers, this does nothing.
     """
@@ -22,11 +26,17 @@ def on_sigterm(ask: Callable[[], object]) -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
+    asked_at: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        signal.signal(signal.SIGTERM, before)
-        ask()
+        nonlocal asked_at
+        del frame
+        if asked_at is None:
+            asked_at = time.monotonic()
+            ask()
+        elif time.monotonic() >= asked_at + SAME_REQUEST_S:
+            signal.signal(number, before)
+            signal.raise_signal(number)
 
     signal.signal(signal.SIGTERM, handle)
     try:

@@ -44,7 +44,7 @@ def written_late(config: RunConfig) -> Any:
     training_is_over, ordinary = threading.Event(), dcp.save
 
     def late(*arguments: Any, **options: Any) -> Any:
-        training_is_over.wait(60)
+        training_is_over.wait(400)
         return ordinary(*arguments, **options)
 
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from orchestration.conftest import PATIENCE_S, ROOT
+
 TINY = ["--preset", "tiny", "--vocab", "64", "--seq-len", "16", "--global-batch", "8", "--micro-batch", "4"]
 FEW = ["--steps", "2", "--rounds", "1", "--batches", "20", "--stall-steps", "2", "--read-seq-len", "64"]
 
@@ -15,7 +16,7 @@ FEW = ["--steps", "2", "--rounds", "1", "--batches", "20", "--stall-steps", "2",
 def test_ingest_writes_figures(tmp_path: Path, cluster: dict[str, str]) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "ingest.py"), *TINY, *FEW]
     command += ["--gigabytes", "0.001", "0.002", "--output", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=200, env=cluster)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_S, env=cluster)
     content = json.loads((tmp_path / "ingest-cpu-tiny.json").read_text())
     result = content["result"]
     assert "ray" in content["versions"]

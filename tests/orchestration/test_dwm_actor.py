@@ -106,7 +106,7 @@ def test_killed_actor_is_remade_from_the_last_state_and_the_feedback_since(remot
     service.restore(learner().state())
     service.submit(feedback(1))
     assert_same(service.fetch(1), expected(1))
-    wait_for(lambda: _pids(actor), 30, "the list of actors, which lags behind,")
+    wait_for(lambda: _pids(actor), "the list of actors, which lags behind,")
     (pid,) = _pids(actor)
     service.submit(feedback(2))
     os.kill(pid, signal.SIGKILL)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from orchestration.conftest import ROOT, Console
+from orchestration.conftest import PATIENCE_S, ROOT, Console
 from synthetic import make_shards
 from synthetic_runs import fill
 
@@ -272,7 +272,9 @@ def test_a_pool_starts_only_what_fits_beside_the_others(shards: dict[str, Path],
 
 def call(console: Console, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ray_dwm.cli", "experiment", str(file), *arguments]
-    return subprocess.run(command, env=console.environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command, env=console.environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
 
 def test_a_real_experiment_survives_a_failed_cell_and_repeats_itself(

@@ -89,7 +89,7 @@ def test_whatever_interrupts_it_leaves_no_trace(
     (config.run_dir / "summary.json").unlink()
     process = console.start(config)
     probed = config.run_dir / "stages" / ".1.work"
-    wait_for(lambda: len(list(probed.glob("influences-of-probes-*/*.npz"))) >= 2, 120, "probes")
+    wait_for(lambda: len(list(probed.glob("influences-of-probes-*/*.npz"))) >= 2, "probes")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert "are there from before" in console.finish(config, console.start(config))

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from orchestration.conftest import PATIENCE_S
 from synthetic import make_shards, tiny_config
 
 from ray_dwm.config import to_yaml
@@ -110,7 +111,7 @@ def test_processes_that_want_the_same_selection_take_turns(
         assert waiting.stdout is not None
         line = next(line for line in waiting.stdout if "another process" in line)
         assert f"is at work on {tmp_path / 'out'}: waiting for it" in line
-    assert "selection: " in waiting.communicate(timeout=60)[0] and waiting.returncode == 0
+    assert "selection: " in waiting.communicate(timeout=PATIENCE_S)[0] and waiting.returncode == 0
     assert load_manifest(tmp_path / "out").rows == ROWS
     assert not work.exists()
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import ROOT, Console, wait_for
+from orchestration.conftest import PATIENCE_S, ROOT, Console, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +33,7 @@ HOLD = """
 import time, ray
 ray.init(log_to_driver=False)
 group = ray.util.placement_group([{"CPU": 7}])
-assert group.wait(60)
+assert group.wait(400)
 print("held", flush=True)
 time.sleep(120)
 """
@@ -120,7 +120,7 @@ def test_kill_9_leaves_no_trace(
     config = tiny_config(shards, tmp_path, *OPTIONS, f"name=killed-{victim}")
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
     victims = console.processes(title)
     assert victims, f"no process {title}"
     os.kill(victims[0].pid, signal.SIGKILL)
@@ -136,14 +136,14 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
     config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped")
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
     process.send_signal(signal.SIGTERM)
     last = console.finish(config, process, code=1).splitlines()[-1]
     step = len(path.read_text().splitlines()) - 1
     assert last == f"error: [stopped] stopped at step {step}: checkpoint saved, the same command continues"
     assert step < 60, "the run was over before the signal"
     assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
-    wait_for(lambda: not console.processes("ray::RayTrainWorker"), 30, "the end of the workers")
+    wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the workers")
     console.finish(config, console.start(config))
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
@@ -188,15 +188,15 @@ def test_a_job_whose_driver_is_killed_continues_when_it_is_submitted_again(
     request = Request("train", ["--config", f"{tmp_path.name}.yaml"], tree)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(submit, request)
-        wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, 120, "step 25")
+        wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
         attached = pool.submit(submit, request)
-        wait_for(lambda: "-1] is running already" in capsys.readouterr().out, 30, "the second command")
+        wait_for(lambda: "-1] is running already" in capsys.readouterr().out, "the second command")
         for process in drivers(f"jobs/train.py --config {tmp_path.name}.yaml"):
             process.kill()
         assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
-        assert first.result(60) == attached.result(60) == 128 + signal.SIGKILL
-        wait_for(lambda: not console.processes("ray::RayTrainWorker"), 60, "the end of the orphaned workers")
-        assert pool.submit(submit, request).result(180) == 0
+        assert first.result(PATIENCE_S) == attached.result(PATIENCE_S) == 128 + signal.SIGKILL
+        wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the orphaned workers")
+        assert pool.submit(submit, request).result(PATIENCE_S) == 0
     output = capsys.readouterr().out
     assert "-1] was killed by SIGKILL: the same command continues" in output
     assert "-2] uploading " in output and "[resubmitted] step 60/60" in output
@@ -208,7 +208,7 @@ def ray_job_submit(environment: dict[str, str], *arguments: str) -> subprocess.C
     """`ray job submit` with the source tree as working folder."""
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_job_succeeds_and_shows_progress(cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path) -> None:
