@@ -188,9 +188,10 @@ def test_a_job_whose_driver_is_killed_continues_when_it_is_submitted_again(
     request = Request("train", ["--config", f"{tmp_path.name}.yaml"], tree)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(submit, request)
-        wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
+        wait_for(config.run_dir.exists, "the run")
         attached = pool.submit(submit, request)
         wait_for(lambda: "-1] is running already" in capsys.readouterr().out, "the second command")
+        wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
         for process in drivers(f"jobs/train.py --config {tmp_path.name}.yaml"):
             process.kill()
         assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
