@@ -79,7 +79,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(NAME.fullmatch(self.name)), f"name is {self.name!r}: use letters, digits, _ - and ., at most 128")
         require(bool(self.storage), "storage is empty: name a folder")
-        require("://" not in self.storage, f"storage is {self.storage!r}: it must be a mounted folder, not an address")
+        require(
+            "://" not in self.storage,
+            f"storage is {self.storage!r}: runs are written to a folder, not to an address; mount it as a file system "
+            "on all nodes, at the same path (docs/running.md says which kinds do)",
+        )
         require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must lie between 0 and 2^63 - 1")
         most, batch = self.cluster.most_workers, self.train.global_batch
         require(most <= batch, f"cluster.workers is {most}, train.global_batch {batch}: a worker needs a sequence")

@@ -68,9 +68,20 @@ class DataConfig:
                     bool(NAME.fullmatch(name)) and name not in ("train", "target"),
                     f"data.{section} has a set named {name!r}: use letters, digits, _ - . and neither train nor target",
                 )
+        for key, folder in self._folders():
+            require(
+                "://" not in folder,
+                f"data.{key} is {folder!r}: shards are read from a folder, not from an address; mount it as a file "
+                "system on all nodes, at the same path",
+            )
         twice = sorted(self.held_out.keys() & self.more_targets.keys())
         require(not twice, f"data.held_out and data.more_targets both have a set named {', '.join(twice)}")
         require(bool(self.target) or not self.more_targets, "data.more_targets needs data.target, the first of them")
+
+    def _folders(self) -> list[tuple[str, str]]:
+        more = [(f"more_targets.{name}", folder) for name, folder in self.more_targets.items()]
+        held_out = [(f"held_out.{name}", folder) for name, folder in self.held_out.items()]
+        return [("train", self.train), ("target", self.target), *more, *held_out]
 
 
 @frozen
@@ -167,15 +178,19 @@ class ClusterConfig:
     """Restarts of the worker group before the run gives up; -1 never does."""
     ingest_memory_mb: int = 512
     """Object store memory that one worker's ingest may hold."""
+    nodes_within_s: float = 0.0
+    """Seconds in which nodes may still join a cluster that is too small; 0: the run is refused at once."""
+    free_within_s: float = 3600.0
+    """Seconds in which others must give back what the run needs."""
 
     def __post_init__(self) -> None:
-        positive("cluster", self, "cpus_per_worker", "ingest_memory_mb")
+        positive("cluster", self, "cpus_per_worker", "ingest_memory_mb", "free_within_s")
         require(self.least_workers > 0, f"cluster.workers is {self.least_workers}: it must be greater than 0")
         require(
             self.least_workers <= self.most_workers,
             f"cluster.workers is [{self.least_workers}, {self.most_workers}]: the first number is the least of them",
         )
-        not_negative("cluster", self, "gpus_per_worker", "dwm_cpus", "dwm_gpus")
+        not_negative("cluster", self, "gpus_per_worker", "dwm_cpus", "dwm_gpus", "nodes_within_s")
         for name in ("cpus_per_worker", "gpus_per_worker"):
             value = getattr(self, name)
             require(

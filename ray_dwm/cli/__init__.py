@@ -9,6 +9,7 @@ import typer
 
 from ray_dwm.cli.beforehand import doctor, plan
 from ray_dwm.cli.data import prepare, score, select
+from ray_dwm.cli.jobs import SETTINGS, submit
 from ray_dwm.cli.results import analyze, evaluate, export
 from ray_dwm.cli.training import compare, experiment, train, tune
 from ray_dwm.errors import DwmError
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.command(context_settings=SETTINGS)(submit)
 
 
 def main() -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.util.client
 from ray._private.services import canonicalize_bootstrap_address
 from ray._private.state import available_resources_per_node
+from ray.exceptions import AuthenticationError
 
 from ray_dwm.config import RunConfig
 from ray_dwm.errors import ResourceError
@@ -37,7 +39,7 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
         at_once: such runs at the same time.
 
     Raises:
-        ResourceError: no cluster at the address.
+        ResourceError: no cluster at the address, or one that wants a token or has other versions.
     """
     quiet_ray_data()
     if ray.is_initialized():
@@ -58,6 +60,8 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
                 os.cpu_count() or 1, at_once * _cpus(config, True, config.cluster.most_workers)
             )  # `compare` trains with and without in turn
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
+    except AuthenticationError as error:
+        raise no_entry(address or "this machine", error) from None
     except (OSError, RuntimeError, ValueError) as error:
         if "Version mismatch" in str(error):
             versions = re.sub(r":? *\n *", " ", str(error).strip())
@@ -72,6 +76,15 @@ def unreachable(address: str, reason: str) -> ResourceError:
     return ResourceError(
         f"no Ray cluster answers at {address} ({reason}): start one with `ray start --head`, or unset RAY_ADDRESS to "
         "use this machine"
+    )
+
+
+def no_entry(address: str, error: AuthenticationError) -> ResourceError:
+    """The error of a cluster that was given no token, or a wrong one."""
+    reason = error.message.strip().splitlines()[0]
+    return ResourceError(
+        f"the cluster at {address} wants its token ({reason}): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or "
+        "RAY_AUTH_TOKEN_PATH to a file with it"
     )
 
 
@@ -151,8 +164,15 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def by_client() -> bool:
+    """Whether this process is outside of the cluster, with Ray Client (ray://) between them."""
+    return bool(ray.util.client.ray.is_connected())
+
+
 def free_resources() -> dict[str, dict[str, float]]:
-    """ID of each node -> what nobody holds there at the moment; asked from within, as Ray Client cannot."""
+    """ID of each node -> what nobody holds there at the moment; asked from within, where Ray Client cannot."""
+    if not by_client():
+        return dict(available_resources_per_node())
     free: dict[str, dict[str, float]] = ray.get(ray.remote(available_resources_per_node).options(num_cpus=0).remote())
     return free
 

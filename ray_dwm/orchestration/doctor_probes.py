@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.engine.selftest import AttentionProbe, GroupProbe, probe_attention, probe_group
+from ray_dwm.engine.storage import lacking
 from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration.cluster import alive_nodes, fitting, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts, node_facts
@@ -228,6 +229,10 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
     atexit.register(_remove, folder, made)
     try:
         folder.mkdir(parents=True)
+        if lack := lacking(folder):
+            return [
+                Finding("storage", "failed", f"{storage} cannot {lack}", "use a file system that can (NFS, Lustre)")
+            ]
         (folder / "driver").write_text(token)
         digests = {str(path): file_sha256(path) for path in inputs}
         answers, rows = on_nodes(

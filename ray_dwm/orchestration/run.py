@@ -13,9 +13,10 @@ from ray_dwm.engine.rundir import check, claim, read_summary
 from ray_dwm.engine.setup import check_checkpoint, check_data, evaluation_sets
 from ray_dwm.evaluation.taskfile import is_path
 from ray_dwm.logs import say
-from ray_dwm.orchestration.cluster import connect, preflight
+from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.evaluate import Evaluations, check_tasks
 from ray_dwm.orchestration.fit import fit
+from ray_dwm.orchestration.placement import await_resources, prove_storage
 
 
 def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]] = fit) -> dict[str, Any]:
@@ -40,13 +41,14 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     check_checkpoint(config, manifest)
     overlaps = check_tasks(config)
     connect(config)
-    workers = preflight(config)
+    workers = await_resources(config)
     if workers < config.cluster.most_workers:
         say(
             f"the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the others join "
             "when nodes come",
             run=config.name,
         )
+    prove_storage(config)
     with claim(config):
         say(f"run folder {config.run_dir}", run=config.name)
         with Evaluations(config, overlaps) as evaluations:

@@ -1,4 +1,4 @@
-"""An elastic worker group on two real nodes, of which one is lost: the run ends on the other as if nothing had been."""
+"""An elastic worker group on three real nodes, of which one is lost: the others end the run as if nothing had been."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build
 
 STEPS = 100
-OPTIONS = ("cluster.workers=1,2", f"train.steps={STEPS}", "train.global_batch=9", "checkpoint.every=10")
+OPTIONS = ("cluster.workers=1,3", f"train.steps={STEPS}", "train.global_batch=9", "checkpoint.every=10")
 # What amplifies rounding is kept small: Adam where gradients are, and the DWM's.
 OPTIONS += ("bilevel.estimator=central", "bilevel.epsilon=0.1", "train.eps=1e-4", "dwm.lr=3e-4", "bilevel.every=5")
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[Cluster]:
-    """A cluster of two nodes of one logical CPU: room for a worker each, and none that is left over."""
+def three_nodes() -> Iterator[Cluster]:
+    """A cluster of three nodes of one logical CPU: room for a worker each, and none that is left over."""
     node = {"num_cpus": 1, "object_store_memory": 150_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    cluster.add_node(**node)
+    for _ in range(2):
+        cluster.add_node(**node)
     yield cluster
     cluster.shutdown()
 
@@ -46,19 +47,21 @@ def losses(config: RunConfig) -> list[float]:
     return [line["loss"] for line in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in line]
 
 
-def test_a_lost_node_leaves_the_run_to_the_other(shards: dict[str, Path], two_nodes: Cluster, tmp_path: Path) -> None:
+def test_a_lost_node_leaves_the_run_to_the_others(
+    shards: dict[str, Path], three_nodes: Cluster, tmp_path: Path
+) -> None:
     config = tiny_config(shards, tmp_path, *OPTIONS, "name=shrinks")
     # Ray Train plans with a lost node for up to 20 s, and each time waits so long for a place on it.
     waiting = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    console = Console({**os.environ, **waiting, "RAY_ADDRESS": two_nodes.address}, tmp_path)
+    console = Console({**os.environ, **waiting, "RAY_ADDRESS": three_nodes.address}, tmp_path)
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
     wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
-    assert len(console.processes("ray::RayTrainWorker")) == 2
-    two_nodes.remove_node(two_nodes.list_all_nodes()[-1], allow_graceful=False)
+    assert len(console.processes("ray::RayTrainWorker")) == 3
+    three_nodes.remove_node(three_nodes.list_all_nodes()[-1], allow_graceful=False)
     assert len(path.read_text().splitlines()) < STEPS, "the run was over before its node was lost"
-    assert "starting 1 to 2 workers" in console.finish(config, process)
-    assert json.loads((config.run_dir / "summary.json").read_text())["workers"] == 1
+    assert "starting 1 to 3 workers" in console.finish(config, process)
+    assert json.loads((config.run_dir / "summary.json").read_text())["workers"] == 2
     weights = pq.read_table(config.run_dir / "weights")
     assert weights["step"].to_pylist() == [step for step in range(1, STEPS + 1) for _ in range(9)]
     alone = run(1, tmp_path / "p", undisturbed, tiny_config(shards, tmp_path, *OPTIONS, "name=undisturbed"))

@@ -65,7 +65,7 @@ def test_the_entrypoint_trains_on_the_pods(
         submitter = subprocess.Popen([*command, *SMALLER.split()], stdout=log, stderr=subprocess.STDOUT)
     run = tmp_path / "shared/runs/quickstart"
     try:
-        wait_for(lambda: (run / "metrics.jsonl").exists() or submitter.poll() is not None, 150, "the first step")
+        wait_for(lambda: (run / "metrics.jsonl").exists() or submitter.poll() is not None, "the first step")
         # What a pod's preStop hook looks for, among processes of this run.
         drivers = [Path(f"/proc/{pid}/cmdline").read_text() for pid in leaving.drivers(leaving.PROCESSES)]
         assert submitter.wait(90) == 0, (tmp_path / "log").read_text()

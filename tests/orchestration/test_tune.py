@@ -239,8 +239,8 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
         assert study is not None, (tmp_path / "first.log").read_text()
         return [trial.state for trial in study.trials]
 
-    wait_for(lambda: list(trials.glob("*/summary.json")), 240, "the first trial's end")
-    wait_for(lambda: {TrialState.COMPLETE, TrialState.RUNNING} <= set(states()), 60, "its figures in the study")
+    wait_for(lambda: list(trials.glob("*/summary.json")), "the first trial's end")
+    wait_for(lambda: {TrialState.COMPLETE, TrialState.RUNNING} <= set(states()), "its figures in the study")
     os.kill(first.pid, signal.SIGKILL)
     first.wait(30)
     before = optuna.load_study(study_name="x", storage=url_of(config)).trials
