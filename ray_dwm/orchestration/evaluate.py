@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import torch
 
+from ray_dwm import logs
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.engine.checkpoint import list_checkpoints, step_of
@@ -48,7 +49,7 @@ def check_tasks(config: RunConfig) -> list[Overlap]:
         tasks.check_shots(asked.shots)
         found = compared(tasks, config, config.run_dir)
     for overlap in found:
-        print(f"[{config.name}] {overlap}", flush=True)
+        logs.say(str(overlap), run=config.name)
     refuse(found, asked.max_overlap, "evaluation.max_overlap")
     return found
 

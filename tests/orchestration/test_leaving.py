@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from orchestration.conftest import wait_for
+from orchestration.conftest import PATIENCE_S, wait_for
 from ray.scripts.scripts import drain_node
 
 from ray_dwm.orchestration import leaving
@@ -70,7 +70,7 @@ def test_drivers_are_told_once_and_waited_for(pod: Pod, monkeypatch: pytest.Monk
     assert leaving.drivers(pod.proc) == [driver.pid]  # not its child, which it tells itself
     [child] = children(driver.pid)
     assert not leaving.leave_head(0.0, pod.proc)  # the child is left, now without a parent among them
-    assert driver.wait(30) == -signal.SIGTERM
+    assert driver.wait(PATIENCE_S) == -signal.SIGTERM
     assert leaving.drivers(pod.proc) == [child]
     monkeypatch.setattr(leaving, "_TOLD_S", 1.0)
     began = time.monotonic()

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from orchestration.conftest import RAY, ROOT, Console, wait_for
+from orchestration.conftest import PATIENCE_S, RAY, ROOT, Console, wait_for
 from orchestration.test_experiment import Trainer, declare, given_dwms_fit  # noqa: F401
 from synthetic import make_shards
 from typer.testing import CliRunner
@@ -242,13 +242,13 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
     wait_for(lambda: list(trials.glob("*/summary.json")), "the first trial's end")
     wait_for(lambda: {TrialState.COMPLETE, TrialState.RUNNING} <= set(states()), "its figures in the study")
     os.kill(first.pid, signal.SIGKILL)
-    first.wait(30)
+    first.wait(PATIENCE_S)
     before = optuna.load_study(study_name="x", storage=url_of(config)).trials
     ended = [trial for trial in before if trial.state == TrialState.COMPLETE]
     kept = {path: path.read_bytes() for t in ended for path in (trials / t.user_attrs["folder"]).glob("metrics.jsonl")}
     assert ended and len(kept) == len(ended)
     job = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python", "jobs/tune.py", *arguments]
-    second = subprocess.run(job, capture_output=True, timeout=600, **options)  # the same command, as a job
+    second = subprocess.run(job, capture_output=True, timeout=2 * PATIENCE_S, **options)  # the same command, as a job
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"4 trials, {len(ended)} have ended" in second.stdout
     assert {path: path.read_bytes() for path in kept} == kept
