@@ -106,9 +106,9 @@ def test_a_worker_exports_the_memory_of_its_own_gpu(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    # A thread's current device is the node's first GPU.
+    # Where none is named it is the thread's, the node's first one.
     held = {torch.device("cuda", n): n * GIB for n in range(8)}
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=torch.device("cuda", 0): held[device])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: held.get(device, 0))
     monkeypatch.setattr(watch.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
     config, written = RunConfig(storage=str(tmp_path)), Written()
     config.run_dir.mkdir()
