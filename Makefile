@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-ray test-others checks bench selection-table k8s install clean
+.PHONY: quickstart test test-ray test-others checks bench selection-table dashboards optuna-dashboard tensorboard k8s monitoring-tools install clean
 
 install: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,oracle]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,oracle,eval,tune]'
 	@touch $@
 
 quickstart: $(STAMP)
@@ -47,6 +47,22 @@ bench: $(STAMP)
 selection-table: $(STAMP)
 	$(BIN)/ray-dwm experiment configs/experiments/selection.yaml
 
+# What a sweep does, live; docs/tune.md. Another one: make dashboards SWEEP=runs/mine
+SWEEP ?= runs/tune-quickstart
+
+dashboards: $(VENV)/.dashboards
+	@$(MAKE) --no-print-directory -j2 optuna-dashboard tensorboard
+
+optuna-dashboard: $(VENV)/.dashboards
+	$(BIN)/optuna-dashboard --host 127.0.0.1 --port 8080 sqlite:///$(SWEEP)/study.db
+
+tensorboard: $(VENV)/.dashboards
+	$(BIN)/tensorboard --host 127.0.0.1 --port 6006 --logdir $(SWEEP)/tune
+
+$(VENV)/.dashboards: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dashboards]'
+	@touch $@
+
 # Needs kubectl. A test compares what is committed with the sources, by their digests where there is no kubectl.
 RENDERED := k8s/rendered
 k8s:
@@ -54,6 +70,11 @@ k8s:
 	rm -rf $(RENDERED) && mkdir $(RENDERED)
 	set -e; for overlay in k8s/overlays/*; do kubectl kustomize $$overlay > $(RENDERED)/$${overlay##*/}.yaml; done
 	find k8s -name '*.yaml' -not -path '$(RENDERED)/*' -o -path 'k8s/monitoring/*.json' | LC_ALL=C sort | xargs sha256sum > $(RENDERED)/SOURCES.sha256
+
+# Prometheus and promtool, which the tests marked `prometheus` need; on Debian and Ubuntu.
+monitoring-tools:
+	@command -v apt-get > /dev/null || { echo "apt-get is needed: install prometheus by other means"; exit 2; }
+	@if command -v promtool; then true; else apt-get update && apt-get install -y --no-install-recommends prometheus; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info

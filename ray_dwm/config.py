@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
-from ray_dwm.configuring import build, frozen, merge, read, require
+from ray_dwm.configuring import build, frozen, merge, nest, read, require
 from ray_dwm.sections import (
     NAME,
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
+    EvaluationConfig,
     LmConfig,
     ParallelConfig,
     PrepareConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "ClusterConfig",
     "DataConfig",
     "DwmConfig",
+    "EvaluationConfig",
     "LmConfig",
     "ParallelConfig",
     "PrepareConfig",
@@ -72,6 +74,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         require(bool(NAME.fullmatch(self.name)), f"name is {self.name!r}: use letters, digits, _ - and ., at most 128")
@@ -88,6 +91,17 @@ class RunConfig:
         require(
             not self.train.profile or self.train.profile_first < self.train.steps,
             f"train.profile_first is {self.train.profile_first}, but the run has {self.train.steps} steps: lower it",
+        )
+        every, takes = self.evaluation.every, self.evaluation.cpus + self.evaluation.gpus
+        require(
+            not (self.cluster.elastic and every and takes),
+            "evaluation.cpus and evaluation.gpus must be 0 where cluster.workers is elastic, because Ray counts all of "
+            "a node as the workers'",
+        )
+        require(
+            every % self.checkpoint.every == 0,
+            f"evaluation.every is {every}: checkpoints are evaluated, so it must be a multiple of checkpoint.every = "
+            f"{self.checkpoint.every}",
         )
         if self.learns_dwm:
             self._check_fraction()
@@ -166,7 +180,7 @@ class RunConfig:
     @property
     def learns_dwm(self) -> bool:
         """Whether the run has an upper level."""
-        return self.weighting.method == "dwm" and self.dwm.mode == "learn"
+        return self.weighting.method == "dwm" and self.dwm.learns
 
     @property
     def in_stages(self) -> bool:
@@ -180,7 +194,7 @@ class RunConfig:
             "dwm": ("bilevel.target_batch", self.bilevel.target_batch),
             "joint_update_aware": ("weighting.anchor_sequences", self.weighting.anchor_sequences),
         }
-        return None if self.dwm.mode != "learn" and self.weighting.method == "dwm" else draws.get(self.weighting.method)
+        return None if not self.dwm.learns and self.weighting.method == "dwm" else draws.get(self.weighting.method)
 
     @property
     def weighting_label(self) -> str:
@@ -218,8 +232,5 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Run
     for override in overrides:
         key, separator, text = override.partition("=")
         require(bool(separator), f"override {override!r} is not of the form key=value")
-        nested: Any = text
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        merge(values, nested, "", "command line")
+        merge(values, nest(key, text), "", "command line")
     return typing.cast(RunConfig, build(RunConfig, values))

@@ -92,6 +92,13 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any], path: str, source: str
             base[key] = value
 
 
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """A dotted key's value as nested sections."""
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return dict(value)
+
+
 def _whole(text: str) -> int:
     """An integer, also one written as 1e9."""
     try:

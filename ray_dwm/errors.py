@@ -7,6 +7,8 @@ class DwmError(Exception):
     """Root of this package's errors. `exit_code` is what the console returns."""
 
     exit_code = 1
+    kind = "other"
+    """What the metric of failed runs calls it."""
 
     def __reduce__(self) -> tuple[type[DwmError], tuple[str]]:
         return type(self), (str(self),)
@@ -33,6 +35,20 @@ class ResourceError(UserError):
 class Stopped(DwmError):
     """The run was asked to end and has saved a checkpoint: the same command continues."""
 
+    kind = "stopped"
+
 
 class TrainingError(DwmError):
     """The run failed while it was running (NaN loss, collapsed weights, full disk); the last checkpoint is intact."""
+
+
+class NotFinite(TrainingError):
+    """A loss, a gradient or an alignment is NaN or infinite."""
+
+    kind = "not_finite"
+
+
+class Collapsed(TrainingError):
+    """A few sequences, or one domain, have nearly all the weight."""
+
+    kind = "collapsed"

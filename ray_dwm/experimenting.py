@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig, build, load
-from ray_dwm.configuring import dotted, frozen, merge, read, require
+from ray_dwm.configuring import dotted, frozen, merge, nest, read, require
 from ray_dwm.errors import ConfigError
 from ray_dwm.sections import NAME
 
@@ -86,6 +86,8 @@ class ExperimentConfig:
     """The evaluation set whose loss decides; the others are listed."""
     repeat: str = ""
     """A method whose cells of the first seed are run twice, to see whether the two are identical; empty: none."""
+    nulls: bool = True
+    """Add the null controls where the file does not have them."""
     overrides: dict[str, str] = field(default_factory=dict)
     """Dotted keys -> values of the command line, over all else."""
 
@@ -111,6 +113,9 @@ class ExperimentConfig:
         self._known("baseline", self.baseline, self.methods)
         if self.repeat:
             self._known("repeat", self.repeat, self.methods)
+        labels = [self.label(name) for name in self.methods]
+        same = sorted({label for label in labels if labels.count(label) > 1})
+        require(not same, f"methods: {', '.join(same)} is the label of more than one: give each its own")
         for name, method in self.methods.items():
             for other in method.against:
                 self._known(f"methods.{name}.against", other, self.methods)
@@ -226,29 +231,38 @@ def load_experiment(file: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     Raises:
         ConfigError: naming the file or override, the key, and what would be valid.
     """
-    values = read(file)
-    own = {f.name for f in dataclasses.fields(ExperimentConfig)} - {"overrides"}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        key = key.strip()
-        require(bool(separator), f"override {override!r} is not of the form key=value")
-        require(key != "seed", "seed cannot be set: an experiment has seeds, as seeds=0,1,2")
-        nested: Any = text
-        path = key.split(".") if key.split(".")[0] in own else ["overrides", key]
-        for part in reversed(path):
-            nested = {part: nested}
-        merge(values, nested, "", "command line")
+    values = declared(file, overrides, ExperimentConfig)
     try:
-        experiment = typing.cast(ExperimentConfig, build(ExperimentConfig, _flattened(values)))
+        own = values.get("overrides", {})
+        require("seed" not in own, "seed cannot be set: an experiment has seeds, as seeds=0,1,2")
+        experiment = typing.cast(ExperimentConfig, build(ExperimentConfig, values))
         if not experiment.sizes:
             settings = {**experiment.set, **experiment.overrides}
             preset = load(experiment.config, [f"{key}={value}" for key, value in settings.items()]).lm.preset
             experiment = dataclasses.replace(experiment, sizes={preset: SizeConfig()})
-        experiment = _with_controls(experiment)
+        if experiment.nulls:
+            experiment = _with_controls(experiment)
         grid(experiment)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     return experiment
+
+
+def declared(file: Path, overrides: Sequence[str], kind: type) -> dict[str, Any]:
+    """A file's values, with `key=value` over them: fields of `kind` its own, all others every run's (`overrides`).
+
+    Raises:
+        ConfigError: naming the file or override.
+    """
+    values = read(file)
+    own = {f.name for f in dataclasses.fields(kind)} - {"overrides"}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        key = key.strip()
+        require(bool(separator), f"override {override!r} is not of the form key=value")
+        nested = nest(key, text) if key.split(".")[0] in own else {"overrides": {key: text}}
+        merge(values, nested, "", "command line")
+    return _flattened(values)
 
 
 def _with_controls(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -268,7 +282,7 @@ def _flattened(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in ("set", "needs", "overrides") and isinstance(value, Mapping):
             result[key] = {name: _text(part) for name, part in dotted(value).items()}
-        elif key in ("sizes", "methods") and isinstance(value, Mapping):
+        elif key in ("sizes", "methods", "scales") and isinstance(value, Mapping):
             result[key] = {
                 name: _flattened(part) if isinstance(part, dict) else part or {} for name, part in value.items()
             }

@@ -9,6 +9,8 @@ from typing import Literal
 from ray_dwm.configuring import below_one, frozen, not_negative, positive, require
 from ray_dwm.selecting import MethodName
 
+MAX_OVERLAP = 0.01
+"""Share of a task's items that may share words with the training set before it is refused."""
 NAME = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 
 
@@ -246,6 +248,40 @@ class TrackingConfig:
     group: str = ""
     weights_every: int = 1
     """Steps between two records of all weights in weights/*.parquet."""
+    logs: Literal["auto", "text", "json"] = "auto"
+    """What the run says: text for people, or JSON lines; auto: JSON in a Ray job and in the workers' own logs."""
 
     def __post_init__(self) -> None:
         positive("tracking", self, "weights_every")
+
+
+@frozen
+class EvaluationConfig:
+    """Tasks by which a run is evaluated while it trains and at its end, beside the workers (docs/evaluation.md)."""
+
+    tasks: tuple[str, ...] = ()
+    """Task files, folders of them, and names of lm-eval's own tasks; none: no tasks."""
+    every: int = 0
+    """Steps, a multiple of checkpoint.every: those checkpoints are evaluated; 0: only the finished LM."""
+    shots: tuple[int, ...] = (0,)
+    """Examples in the context; every task is scored with each number."""
+    batch: int = 32
+    """Inputs in one forward pass."""
+    max_overlap: float = MAX_OVERLAP
+    """Share of a task's or target set's items that may share 13 words in a row with a set; above, it is refused."""
+    cpus: float = 0.0
+    """Logical CPUs of an evaluation; 0: one thread of low priority that nobody waits for."""
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("evaluation", self, "batch")
+        not_negative("evaluation", self, "every", "cpus", "gpus")
+        require(
+            bool(self.shots) and min(self.shots) >= 0,
+            f"evaluation.shots is {self.shots}: name numbers from 0 on, as 0,2",
+        )
+        require(
+            0 <= self.max_overlap <= 1,
+            f"evaluation.max_overlap is {self.max_overlap}: it must lie between 0 and 1",
+        )
+        require(not self.every or bool(self.tasks), "evaluation.every needs evaluation.tasks: name task files")

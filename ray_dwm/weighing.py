@@ -48,8 +48,9 @@ class DwmConfig:
     """Null controls: the DWM is learnt, but what is applied says nothing about the data. random: random weights as far
     from uniform (in KL) as the DWM's. shuffled: the DWM's weights dealt out at random within the batch.
     shuffled_target: the DWM's weights, learnt from alignments that were dealt out at random within the batch."""
-    mode: Literal["learn", "frozen", "replay"] = "learn"
-    """frozen: init_from as it is; replay: trajectory's versions, by fraction of training. Neither needs an actor."""
+    mode: Literal["learn", "adapt", "frozen", "replay"] = "learn"
+    """adapt: learn on from init_from, which must be named; frozen: init_from as it is; replay: trajectory's versions,
+    by fraction of training. The last two need no actor."""
     init_from: str = ""
     """A DWM folder to start from."""
     trajectory: str = ""
@@ -82,18 +83,26 @@ class DwmConfig:
         not_negative("dwm", self, "clip_norm", "weight_decay", "delay_steps")
         below_one("dwm", self, "floor", "min_ess_fraction", "min_entropy")
         require(
-            not (self.look_ahead and (self.delay_steps == 0 or self.lm_features or self.mode != "learn")),
+            not (self.look_ahead and (self.delay_steps == 0 or self.lm_features or not self.learns)),
             "dwm.look_ahead weighs a batch before the LM has seen it and the newest version is there: it needs "
-            "dwm.delay_steps >= 1, dwm.lm_features=false and dwm.mode=learn",
+            "dwm.delay_steps >= 1, dwm.lm_features=false and dwm.mode=learn or adapt",
         )
         require(
-            self.mode == "learn" or self.control != "shuffled_target",
+            self.learns or self.control != "shuffled_target",
             f"dwm.control=shuffled_target is about learning, but dwm.mode={self.mode} does not learn",
         )
-        require(self.mode != "frozen" or bool(self.init_from), "dwm.mode=frozen needs dwm.init_from, a DWM folder")
+        require(
+            self.mode not in ("adapt", "frozen") or bool(self.init_from),
+            f"dwm.mode={self.mode} needs dwm.init_from, a DWM folder",
+        )
         require(
             self.mode != "replay" or bool(self.trajectory), "dwm.mode=replay needs dwm.trajectory, a run's dwm folder"
         )
+
+    @property
+    def learns(self) -> bool:
+        """Whether the DWM is learnt, from wherever it starts."""
+        return self.mode in ("learn", "adapt")
 
 
 @frozen

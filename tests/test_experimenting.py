@@ -84,6 +84,7 @@ def test_null_controls_come_by_themselves_on_the_baselines_data(tmp_path: Path) 
     config = run_config(experiment, Cell("small", "null-shuffled", 3), {})
     assert (config.weighting.method, config.dwm.control, config.data.selection) == ("dwm", "shuffled", "dsir")
     assert experiment.methods["null-random"].is_null and not experiment.methods["dwm"].is_null
+    assert set(load_experiment(write(tmp_path), ["nulls=false"]).methods) == {"replayed", "uniform", "dwm"}
     own = TEXT + "  mine: {set: {dwm.control: random}}\n"
     assert set(load_experiment(write(tmp_path, own)).methods) == {
         "replayed", "uniform", "dwm", "mine", "null-shuffled"
@@ -107,6 +108,7 @@ def test_one_size_is_named_by_its_preset(tmp_path: Path) -> None:
     [
         ("seeds:", "sedes:", "unknown configuration key sedes: did you mean seeds?"),
         ("label: DWM", "labell: DWM", "unknown configuration key methods.dwm.labell: did you mean methods.dwm.label?"),
+        ("label: DWM", "label: uniform", "uniform is the label of more than one"),
         ("seeds: [3, 4]", "seeds: [3, 3]", "seeds names 3 twice"),
         ("seeds: [3, 4]", "seeds: []", "seeds is empty"),
         ("name: x", "name: ..", "name is '..'"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ray_dwm.analysis.grid import Grid, Outcome
-from ray_dwm.analysis.statistics import Interval, Paired, holm, paired, ratio, read_at
+from ray_dwm.analysis.statistics import Interval, Paired, holm, interval, paired, ratio, read_at
 from ray_dwm.analysis.verdict import crossing
 
 SIGNIFICANT = 0.05
@@ -62,6 +62,18 @@ def compare(grid: Grid, size: str, method: str, other: str) -> Comparison | None
         tokens=_reached([_tokens_share(a, b, name) for a, b in pairs]),
         wall=_reached([_wall_share(a, b, name) for a, b in pairs]),
     )
+
+
+def differences(grid: Grid, size: str, method: str, other: str) -> dict[str, Interval]:
+    """Evaluation set -> last loss minus the other's, over the seeds in which both have that very set."""
+    mine, theirs = grid.of(size, method), grid.of(size, other)
+    pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
+    found: dict[str, Interval] = {}
+    for name in dict.fromkeys(name for one, _ in pairs for name in one.finals):
+        of_set = [a.finals[name] - b.finals[name] for a, b in pairs if _alike(a, b, name)]
+        if of_set:
+            found[name] = interval(of_set)
+    return found
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:

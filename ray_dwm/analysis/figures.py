@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,44 +20,39 @@ from matplotlib.figure import Figure
 
 from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import Interval
+from ray_dwm.analysis.theme import ACCENT, AXIS, INK, NEUTRAL, PALETTE, STYLE, themed
+from ray_dwm.evaluation.scores import Evaluation, Score
 
-UNIFORM, DWM, INK, GRID = "#8a8f98", "#2f6fde", "#30343b", "#e6e8ec"
-PALETTE = ["#2f6fde", "#e0672f", "#2a9d74", "#c23f6d", "#8759c9", "#b8860b", "#1d9bb0", "#7a5c3e", "#6b7280", "#5a8f29"]
+WIDTH, HEIGHT = 4.6, 2.9
+"""Inches. Half of a page; on a phone all of it, where text must stay large enough to be read."""
+_WIDE = 6.0
+"""Inches from which on a phone scrolls rather than shrinks a figure."""
+_ROW = 0.2
+"""Inches of a line of a legend."""
 _PHASES = {
-    "step": UNIFORM,
-    "data": "#c4c8cf",
-    "bilevel": DWM,
+    "step": NEUTRAL,
+    "data": AXIS,
+    "bilevel": ACCENT,
     "weigh": "#2a9d74",
     "dwm_wait": "#8759c9",
     "log": "#b8860b",
 }
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.edgecolor": "#c4c8cf",
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ray_dwm",
-}
+LOSS = "loss, nats per token"
+TOKENS, SECONDS, WALL = "million tokens", "seconds of training", "seconds, with what was done before training"
 
 
 @contextmanager
-def figure(width: float = 5.6, height: float = 3.2, **panels: Any) -> Iterator[tuple[Figure, Any, list[str]]]:
+def figure(width: float = WIDTH, height: float = HEIGHT, **panels: Any) -> Iterator[tuple[Figure, Any, list[str]]]:
     """A figure, or several panels as `plt.subplots` has them, whose SVG text is in the list when the body is done."""
     out: list[str] = []
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         drawn, axes = plt.subplots(figsize=(width, height), layout="constrained", **panels)
         yield drawn, axes, out
         stream = io.StringIO()
         drawn.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         plt.close(drawn)
-        out.append(_own_ids(stream.getvalue()[stream.getvalue().index("<svg") :]))
+        svg = themed(_own_ids(stream.getvalue()[stream.getvalue().index("<svg") :]))
+        out.append(svg.replace("<svg ", '<svg class="wide" ', 1) if width > _WIDE else svg)
 
 
 def _own_ids(svg: str) -> str:
@@ -65,28 +61,55 @@ def _own_ids(svg: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
 
 
-def _colour(run: Run) -> str:
-    return DWM if run.weighted else UNIFORM
+def _colours(runs: Sequence[Run]) -> list[str]:
+    """Grey for uniform weights, and a colour for each of the others."""
+    palette = iter(PALETTE * len(runs))
+    return [next(palette) if run.weighted else NEUTRAL for run in runs]
 
 
 def losses(runs: list[Run], key: str, over: str) -> str:
     """A loss of all runs against tokens or wall-clock."""
+    scale, shown = 1e6 if over == "tokens" else 1.0, []
     with figure() as (_, axes, out):
-        for run in runs:
+        for run, colour in zip(runs, _colours(runs), strict=True):
             x, y = run.series(key, over)
             if not x:
                 continue  # this run has no such set
-            scale = 1e6 if over == "tokens" else 1.0
-            axes.plot(np.array(x[1:]) / scale, y[1:], color=_colour(run), marker="o", markersize=3, label=run.name)
-        axes.set_xlabel("million tokens" if over == "tokens" else "seconds of training")
-        axes.set_ylabel("loss, nats per token")
+            shown.append((np.array(x[1:]) / scale, y[1:]))
+            axes.plot(*shown[-1], color=colour, marker="o", markersize=3, label=run.name)
+        _without_the_first(axes, shown)
+        axes.set_xlabel(TOKENS if over == "tokens" else SECONDS)
+        axes.set_ylabel(LOSS)
         axes.legend(frameon=False)
     return out[0]
 
 
+def scores(lines: Sequence[tuple[Run, Sequence[tuple[Evaluation, Score]]]], metric: str) -> str:
+    """A task's scores of all runs against tokens, with one standard error to both sides."""
+    with figure() as (_, axes, out):
+        for (run, points), colour in zip(lines, _colours([run for run, _ in lines]), strict=True):
+            x = [(evaluation.tokens or 0) / 1e6 for evaluation, _ in points]
+            errors = [score.error or 0.0 for _, score in points]
+            style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3, "capsize": 2}
+            axes.errorbar(x, [score.value for _, score in points], errors, label=run.name, **style)
+        axes.set_xlabel(TOKENS)
+        axes.set_ylabel(metric)
+        axes.legend(frameon=False)
+    return out[0]
+
+
+def _without_the_first(axes: Any, series: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Let the first quarter of each curve leave the picture at the top: its fall would hide every difference."""
+    later = [b for x, y in series for a, b in zip(x, y, strict=True) if a >= x[0] + (x[-1] - x[0]) / 4]
+    if not later:
+        return
+    margin = 0.06 * (max(later) - min(later)) or 0.01
+    axes.set_ylim(min(later) - margin, max(later) + margin)
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A method's loss over training, of several seeds."""
+    """A method's loss, or another measure, over training, of several seeds."""
 
     label: str
     kind: str
@@ -95,12 +118,13 @@ class Line:
     y: list[Interval]
 
 
-def curves(lines: list[Line], over: str) -> str:
-    """Mean losses with 95 % intervals against `tokens` or `seconds`."""
+def curves(lines: list[Line], over: str, measure: str = LOSS) -> str:
+    """Means over seeds with 95 % intervals against `tokens` or `seconds`."""
     scale = 1e6 if over == "tokens" else 1.0
-    with figure(8.6, 3.8) as (_, axes, out):
+    rows = math.ceil(len(lines) / 2)
+    with figure(height=HEIGHT + _ROW * rows) as (drawn, axes, out):
         for index, line in enumerate(lines):
-            plain = {"baseline": (UNIFORM, "-"), "null": (UNIFORM, ":")}
+            plain = {"baseline": (NEUTRAL, "-"), "null": (NEUTRAL, ":")}
             own = (PALETTE[index % len(PALETTE)], "-" if index < len(PALETTE) else "--")
             colour, style = plain.get(line.kind, own)
             x = np.array(line.x) / scale
@@ -109,9 +133,11 @@ def curves(lines: list[Line], over: str) -> str:
             if len(bounds) == len(x):
                 low, high = np.array(bounds).T
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.set_xlabel("million tokens" if over == "tokens" else "seconds, with what was done before training")
-        axes.set_ylabel("loss, nats per token")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if measure == LOSS:
+            _without_the_first(axes, [(np.array(line.x) / scale, [y.mean for y in line.y]) for line in lines])
+        axes.set_xlabel(TOKENS if over == "tokens" else WALL)
+        axes.set_ylabel(measure)
+        drawn.legend(frameon=False, loc="outside lower center", ncols=2)
     return out[0]
 
 
@@ -123,16 +149,17 @@ def _smooth(values: list[float], width: int) -> np.ndarray:
 
 def domain_weights(run: Run) -> str:
     """Mean relative weight of every domain over training, smoothed over steps."""
-    with figure(8.6, 3.8) as (_, axes, out):
-        for index, key in enumerate(run.keys("weight/")):
+    keys = run.keys("weight/")
+    with figure(height=HEIGHT + _ROW * math.ceil(len(keys) / 3)) as (drawn, axes, out):
+        for index, key in enumerate(keys):
             x, y = run.series(key)
             name = key.removeprefix("weight/")
             colour = PALETTE[index % len(PALETTE)]
             axes.plot(np.array(x) / 1e6, _smooth(y, max(1, len(y) // 25)), color=colour, label=name, linewidth=1.8)
         axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("million tokens")
-        axes.set_ylabel("mean relative weight (1 = uniform)")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set_xlabel(TOKENS)
+        axes.set_ylabel("mean weight (1 = uniform)")
+        drawn.legend(frameon=False, loc="outside lower center", ncols=3)
     return out[0]
 
 
@@ -142,10 +169,10 @@ def effective_size(run: Run) -> str:
         x, ess = run.series("dwm/ess")
         _, entropy = run.series("dwm/entropy")
         millions = np.array(x) / 1e6
-        axes.plot(millions, np.array(ess) / run.config.train.global_batch, color=DWM, label="ESS / batch")
+        axes.plot(millions, np.array(ess) / run.config.train.global_batch, color=ACCENT, label="ESS / batch")
         axes.plot(millions, entropy, color="#e0672f", label="entropy / log B")
         axes.set_ylim(0, 1.05)
-        axes.set_xlabel("million tokens")
+        axes.set_xlabel(TOKENS)
         axes.legend(frameon=False, loc="lower left")
     return out[0]
 
@@ -155,9 +182,9 @@ def hypergradient(run: Run) -> str:
     with figure() as (_, axes, out):
         x, y = run.series("dwm/hypergrad_norm")
         points = [(a / 1e6, b) for a, b in zip(x, y, strict=True) if b > 0]
-        axes.plot([a for a, _ in points], [b for _, b in points], color=DWM)
+        axes.plot([a for a, _ in points], [b for _, b in points], color=ACCENT)
         axes.set_yscale("log")
-        axes.set_xlabel("million tokens")
+        axes.set_xlabel(TOKENS)
         axes.set_ylabel("|dJ/dφ|")
     return out[0]
 
@@ -166,10 +193,10 @@ def fidelity(run: Run) -> str:
     """Cosine of the alignments with a better estimator's, wherever it was measured."""
     with figure() as (_, axes, out):
         x, y = run.series("dwm/fidelity")
-        axes.plot(np.array(x) / 1e6, y, color=DWM, marker="o", markersize=4)
+        axes.plot(np.array(x) / 1e6, y, color=ACCENT, marker="o", markersize=4)
         axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_ylim(min(0.9, *y) - 0.01, 1.005)
-        axes.set_xlabel("million tokens")
+        axes.set_xlabel(TOKENS)
         axes.set_ylabel("fidelity (cosine)")
     return out[0]
 
@@ -178,28 +205,29 @@ def predicted_change(run: Run) -> str:
     """Change of the target loss by weights moved along the alignments: as these predict it, and as it was."""
     with figure() as (_, axes, out):
         for key, colour, label in (
-            ("bilevel/realised_change", UNIFORM, "realised"),
-            ("bilevel/predicted_change", DWM, "predicted"),
+            ("bilevel/realised_change", NEUTRAL, "realised"),
+            ("bilevel/predicted_change", ACCENT, "predicted"),
         ):
             x, y = run.series(key)
             axes.plot(np.array(x) / 1e6, y, color=colour, marker="o", markersize=4, label=label)
         axes.axhline(0.0, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("million tokens")
+        axes.set_xlabel(TOKENS)
         axes.set_ylabel("nats per token")
         axes.legend(frameon=False)
     return out[0]
 
 
-def overhead(run: Run) -> str:
-    """Where the weighted run's time went."""
-    seconds = run.summary["seconds"]
-    with figure(8.6, 1.5) as (_, axes, out):
-        left, total = 0.0, sum(seconds.values())
+def time_split(seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """Where the time of runs or methods went: label -> phase -> seconds, or their mean."""
+    with figure(height=0.34 * len(seconds) + 1.4) as (drawn, axes, out):
+        places, left = range(len(seconds)), np.zeros(len(seconds))
         for name, colour in _PHASES.items():
-            axes.barh([0], [seconds[name]], left=[left], color=colour, label=f"{name} {seconds[name] / total:.1%}")
-            left += seconds[name]
-        axes.set_yticks([])
-        axes.grid(visible=False)
+            widths = np.array([phases[name] for phases in seconds.values()])
+            axes.barh(places, widths, left=left, height=0.6, color=colour, label=name)
+            left += widths
+        axes.set_yticks(places, list(seconds))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds")
-        axes.legend(frameon=False, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        drawn.legend(frameon=False, ncols=3, loc="outside lower center")
     return out[0]

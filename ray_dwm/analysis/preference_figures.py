@@ -8,10 +8,11 @@ from typing import Any
 from matplotlib.colors import LinearSegmentedColormap
 
 from ray_dwm.analysis.features import FEATURES
-from ray_dwm.analysis.figures import INK, figure
+from ray_dwm.analysis.figures import WIDTH, figure
+from ray_dwm.analysis.theme import AXIS, FIXED_INK, INK, NEUTRAL
 
 _MOST_GROUPS = 12
-_OVER_TIME = LinearSegmentedColormap.from_list("phases", ["#a9c4f5", "#2f6fde", "#122b57"])
+_OVER_TIME = LinearSegmentedColormap.from_list("phases", ["#e0a030", "#d4557f", "#5b6ee0"])
 _SHADES = LinearSegmentedColormap.from_list("stability", ["#e0672f", "#ffffff", "#2f6fde"])
 
 Table = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -32,12 +33,12 @@ def correlations(numbers: Mapping[str, Any]) -> str:
             _dots(axes, numbers[key], [f.name for f in features])
             axes.axvline(0.0, color=INK, linewidth=0.8, linestyle=":")
             for place in breaks:
-                axes.axhline(place - 0.5, color="#c4c8cf", linewidth=0.8)
+                axes.axhline(place - 0.5, color=AXIS, linewidth=0.8)
             axes.set_title(title, fontsize=10, color=INK)
             axes.set_xlabel("Spearman's correlation with the weight")
         for family in dict.fromkeys(f.family for f in features):
             places = [k for k, f in enumerate(features) if f.family == family]
-            middle, options = sum(places) / len(places), {"color": "#8a8f98", "fontsize": 9}
+            middle, options = sum(places) / len(places), {"color": NEUTRAL, "fontsize": 9}
             panels[1].text(1.01, middle, family, transform=panels[1].get_yaxis_transform(), va="center", **options)
         panels[0].set_yticks(range(len(features)), [f.title for f in features])
         panels[0].invert_yaxis()
@@ -52,7 +53,7 @@ def group_weights(table: Table) -> str:
     known = {name: values for name, values in known.items() if values}
     shown = sorted(known, key=lambda name: -max(abs(value - 1) for value in known[name]))[:_MOST_GROUPS]
     shown.sort(key=lambda name: -sum(known[name]) / len(known[name]))
-    with figure(5.6, 0.34 * len(shown) + 1.1) as (drawn, axes, out):
+    with figure(WIDTH, 0.34 * len(shown) + 1.1) as (drawn, axes, out):
         _dots(axes, table, shown)
         axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(shown)), shown)
@@ -79,14 +80,15 @@ def _dots(axes: Any, table: Table, names: list[str]) -> None:
 def stability(matrix: Mapping[str, Any], phases: list[str]) -> str:
     """Rank correlations between phases as a coloured table."""
     values = [[float("nan") if x is None else x for x in row] for row in matrix["value"]]
-    size = min(5.6, 0.8 * len(phases) + 1.6)
-    with figure(5.6, size) as (_, axes, out):
+    with figure(WIDTH, min(WIDTH, 0.7 * len(phases) + 1.4)) as (_, axes, out):
         axes.imshow(values, cmap=_SHADES, vmin=-1, vmax=1)
         for row, of_row in enumerate(matrix["value"]):
             for column, value in enumerate(of_row):
                 text = "" if value is None else f"{value:.2f}"
                 light = value is not None and abs(value) > 0.7
-                axes.text(column, row, text, ha="center", va="center", color="#ffffff" if light else INK, fontsize=9)
+                axes.text(
+                    column, row, text, ha="center", va="center", color="#ffffff" if light else FIXED_INK, fontsize=9
+                )
         axes.set_xticks(range(len(phases)), phases)
         axes.set_yticks(range(len(phases)), phases)
         axes.grid(visible=False)

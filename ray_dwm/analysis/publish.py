@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
-from ray_dwm.analysis import figures
+from ray_dwm.analysis.cautions import of_grid
 from ray_dwm.analysis.comparison import Comparison
+from ray_dwm.analysis.experiment_page import Cautions, sections
 from ray_dwm.analysis.grid import Grid, Outcome, read_grid
 from ray_dwm.analysis.leaderboard import Board, Row, build_board, share, signed
+from ray_dwm.analysis.render import render
 from ray_dwm.analysis.runs import versions
-from ray_dwm.analysis.statistics import Interval, interval
-from ray_dwm.config import RunConfig, to_dict
-from ray_dwm.configuring import dotted
+from ray_dwm.analysis.settings import changed
+from ray_dwm.analysis.statistics import Interval
+from ray_dwm.analysis.tables import Table, markdown
 from ray_dwm.data.records import write_whole
-from ray_dwm.experimenting import NEEDS
 
 LEADERBOARD = "leaderboard"
 _COMPARED = ("at equal tokens", "p", "tokens", "at equal wall-clock", "p", "wall-clock")
 _COST = ("needed, s", "selecting, s", "training, s", "overhead")
-_PLACES = {"name", "storage", "seed", "tracking", *(f"data.{name}" for name in ("train", "target"))}
-"""Of a run's configuration: what says where and which, not how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One table as text."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int
-    """Columns at the left that hold words, not numbers."""
 
 
 def write_leaderboard(folder: Path) -> Board:
@@ -47,11 +33,18 @@ def write_leaderboard(folder: Path) -> Board:
     """
     grid = read_grid(folder)
     board = build_board(grid)
-    shown = tables(grid, board)
-    write_whole(folder / f"{LEADERBOARD}.md", _markdown(grid, board, shown))
-    write_whole(folder / f"{LEADERBOARD}.json", json.dumps(content(grid, board), indent=2) + "\n")
-    environment = Environment(loader=PackageLoader("ray_dwm.analysis", "."), autoescape=select_autoescape())
-    page = environment.get_template("experiment.html").render(**sections(grid, board, shown))
+    shown, warned = tables(grid, board), of_grid(grid)
+    write_whole(folder / f"{LEADERBOARD}.md", _markdown(grid, board, shown, warned))
+    write_whole(folder / f"{LEADERBOARD}.json", json.dumps(content(grid, board, warned), indent=2) + "\n")
+    told = {
+        "name": grid.experiment.name,
+        "budget": _budget(grid),
+        "tables": shown,
+        "legend": legend(grid),
+        "verdict": board.verdict,
+        "notes": board.notes,
+    }
+    page = render("experiment.html", {**told, **sections(grid, board.sets, warned)})
     write_whole(folder / f"{LEADERBOARD}.html", page)
     return board
 
@@ -114,14 +107,16 @@ def legend(grid: Grid) -> str:
     )
 
 
-def _markdown(grid: Grid, board: Board, shown: Sequence[Table]) -> str:
+def _markdown(grid: Grid, board: Board, shown: Sequence[Table], warned: Cautions) -> str:
     parts = [f"# Experiment {grid.experiment.name}", _budget(grid)]
     for table in shown:
-        rule = ["---"] * table.words + ["---:"] * (len(table.header) - table.words)
-        lines = [table.header, rule, *table.rows]
-        text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-        parts += [f"## {table.title}", text]
+        parts += [f"## {table.title}", markdown(table)]
     parts += [legend(grid), "## Verdict", "\n".join(f"- {line}" for line in board.verdict) or "Nothing is done yet."]
+    if warned:
+        parts += [
+            "## Warnings",
+            "\n".join(f"- {whose}: {one.title}. {one.found} ({one.rule})" for whose, one in warned),
+        ]
     if board.notes:
         parts += ["## Notes", "\n".join(f"- {line}" for line in board.notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -133,7 +128,7 @@ def _budget(grid: Grid) -> str:
     return "; ".join(f"{size}: {text}" for size, text in zip(sizes, told, strict=True)) + "." if told else ""
 
 
-def content(grid: Grid, board: Board) -> dict[str, Any]:
+def content(grid: Grid, board: Board, warned: Cautions) -> dict[str, Any]:
     """What leaderboard.json holds: figures of all cells too, and how each method was configured; no folders' names."""
     experiment = grid.experiment
     return {
@@ -144,9 +139,11 @@ def content(grid: Grid, board: Board) -> dict[str, Any]:
         "rows": [asdict(row) for row in board.rows],
         "pairs": [asdict(pair) for pair in board.pairs],
         "verdict": board.verdict,
+        "warnings": [{"of": whose, **asdict(one)} for whose, one in warned],
         "notes": board.notes,
         "configurations": {
-            f"{cell.size}/{cell.method}": _differences(outcome.run.config) for cell, outcome in grid.outcomes.items()
+            f"{cell.size}/{cell.method}": changed(outcome.run.config, places=False)
+            for cell, outcome in grid.outcomes.items()
         },
         "cells": {
             cell.path: {"state": grid.state(cell), **(_figures(grid.outcomes[cell]) if cell in grid.outcomes else {})}
@@ -168,60 +165,3 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
         "overhead": outcome.overhead,
         "curves": {name: asdict(outcome.curve(name)) for name in outcome.finals},
     }
-
-
-def _differences(config: RunConfig) -> dict[str, Any]:
-    """Dotted keys that differ from the defaults, but for places."""
-    ours, defaults = dotted(to_dict(config)), dotted(to_dict(RunConfig()))
-    skipped = (*_PLACES, *NEEDS)
-    return {
-        key: value
-        for key, value in ours.items()
-        if value != defaults.get(key)
-        and not key.startswith(("data.held_out", "data.more_targets", "prepare."))
-        and not any(key == place or key.startswith(f"{place}.") for place in skipped)
-    }
-
-
-def sections(grid: Grid, board: Board, shown: Sequence[Table]) -> dict[str, Any]:
-    """What leaderboard.html, the part of a page, is filled with, and the page around it."""
-    return {
-        "name": grid.experiment.name,
-        "budget": _budget(grid),
-        "tables": shown,
-        "legend": legend(grid),
-        "verdict": board.verdict,
-        "notes": board.notes,
-        "losses": [
-            (_place(grid, size, name), *(_curves(grid, size, name, over) for over in ("tokens", "seconds")))
-            for size in grid.experiment.sizes
-            for name in board.sets
-            if any(cell.size == size for cell in grid.outcomes)
-        ],
-        "versions": versions(),
-    }
-
-
-def _place(grid: Grid, size: str, name: str) -> str:
-    return f"{size}, {name}" if len(grid.experiment.sizes) > 1 else name
-
-
-def _curves(grid: Grid, size: str, name: str, over: str) -> str:
-    """The methods' mean loss of a set over training with 95 % intervals, without the first point, before training."""
-    experiment, lines = grid.experiment, []
-    for method in experiment.methods:
-        curves = [o.curve(name) for o in grid.of(size, method).values() if name in o.finals]
-        points = min((len(curve.losses) for curve in curves), default=0)
-        if points < 2:
-            continue
-        kind = "null" if experiment.methods[method].is_null else "baseline" if method == experiment.baseline else ""
-        xs = [curve.tokens if over == "tokens" else curve.seconds for curve in curves]
-        lines.append(
-            figures.Line(
-                label=experiment.label(method),
-                kind=kind,
-                x=[sum(x[k] for x in xs) / len(xs) for k in range(1, points)],
-                y=[interval([curve.losses[k] for curve in curves]) for k in range(1, points)],
-            )
-        )
-    return figures.curves(lines, over)

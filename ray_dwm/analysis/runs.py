@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -21,6 +22,8 @@ class Run:
     """A run folder, read when asked."""
 
     folder: Path
+    called: str = ""
+    """What it is called among others; empty: its own name."""
 
     @cached_property
     def config(self) -> RunConfig:
@@ -40,7 +43,7 @@ class Run:
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.config.name
+        return self.called or self.config.name
 
     @property
     def weighted(self) -> bool:
@@ -91,3 +94,20 @@ def open_run(folder: Path) -> Run:
     if run.weighted and not len(run.weights()):
         raise UserError(f"{folder / 'weights'} has no weights: the run folder is not whole")
     return run
+
+
+def open_runs(folders: Sequence[Path]) -> list[Run]:
+    """Finished runs, each under a name of its own: where names are the same, folders above them tell them apart.
+
+    Raises:
+        UserError: as of `open_run`; or a folder is named twice.
+    """
+    runs, paths = [open_run(folder) for folder in folders], [folder.absolute().resolve() for folder in folders]
+    twice = next((folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None)
+    if twice is not None:
+        raise UserError(f"run folder {twice} is named twice: name it once")
+    names, parts = [run.name for run in runs], 1
+    while len(set(names)) < len(names):
+        parts += 1
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+    return [Run(run.folder, name) for run, name in zip(runs, names, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ray_dwm.analysis.runs import Run
@@ -57,6 +58,25 @@ def verdict(uniform: Run, weighted: Run) -> list[Row]:
     share = weighted.summary["overhead_frac"]
     rows.append(Row(f"overhead (phases of the {weighted.label} run)", "", f"{share:.1%}", "", ""))
     return rows
+
+
+def sentence(uniform: Run, weighted: Run) -> str:
+    """The verdict for somebody who reads one sentence: the target loss, or else the first set that both runs have."""
+    shared = sorted(
+        uniform.summary["final"].keys() & weighted.summary["final"].keys(), key=lambda k: (k != "val/target/loss", k)
+    )
+    if not shared:
+        return "The runs have no evaluation set in common."
+    name = shared[0].removeprefix("val/").removesuffix("/loss")
+    place = "the target set" if name == "target" else name
+    gap = weighted.summary["final"][shared[0]] - uniform.summary["final"][shared[0]]
+    if gap == 0:
+        return f"{weighted.label} and uniform weights end with the same loss on {place}."
+    word = "better" if gap < 0 else "worse"
+    return (
+        f"{weighted.label} ends {word} than uniform weights on {place}: {gap:+.4f} nats per token, a perplexity "
+        f"{math.expm1(gap):+.1%}."
+    )
 
 
 def _tokens(uniform: Run, weighted: Run) -> Row:

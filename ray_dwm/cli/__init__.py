@@ -11,10 +11,11 @@ from ray_dwm.cli.beforehand import doctor, plan
 from ray_dwm.cli.data import prepare, score, select
 from ray_dwm.cli.jobs import SETTINGS, submit
 from ray_dwm.cli.results import analyze, evaluate, export
-from ray_dwm.cli.training import compare, experiment, train
+from ray_dwm.cli.training import compare, experiment, train, tune
 from ray_dwm.errors import DwmError
+from ray_dwm.logs import record
 
-COMMANDS = (prepare, select, score, train, doctor, evaluate, export, analyze, plan, compare, experiment)
+COMMANDS = (prepare, select, score, train, doctor, evaluate, export, analyze, plan, compare, experiment, tune)
 """In the order in which `--help` names them."""
 
 app = typer.Typer(
@@ -32,9 +33,11 @@ def main() -> None:
     """Console entry point: one clear line instead of a traceback where this package raised the error."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched unasked; read once, when the libraries come in
     try:
         app()
     except DwmError as error:
+        record(str(error), error, exit_code=error.exit_code)
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # as of `| head`: nobody is left to be told

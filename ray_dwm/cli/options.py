@@ -10,6 +10,7 @@ import typer
 
 from ray_dwm.config import RunConfig, load
 from ray_dwm.errors import UserError
+from ray_dwm.logs import setup, style_of
 
 Config = Annotated[
     list[Path] | None,
@@ -30,8 +31,10 @@ def check_output(output: Path | None, option: str = "--output") -> None:
 
 
 def load_config(config: list[Path] | None, overrides: list[str] | None) -> RunConfig:
-    """The configuration of files, with the overrides over them."""
-    return load(config or [], overrides or [])
+    """The configuration of files, with the overrides over them; it also says in which style the process speaks."""
+    loaded = load(config or [], overrides or [])
+    setup(style_of(loaded.tracking.logs))
+    return loaded
 
 
 def words(text: str) -> list[str]:

@@ -7,23 +7,51 @@ from typing import Annotated
 
 import typer
 
-from ray_dwm.cli.options import check_output
+from ray_dwm.cli.options import check_output, words
+from ray_dwm.planning.options import whole
+from ray_dwm.sections import MAX_OVERLAP
 
 
 def evaluate(
     lm: Annotated[Path, typer.Argument(help="A run folder or a Hugging Face folder.")],
-    shards: Annotated[list[Path], typer.Argument(help="Folders of token shards.")],
+    shards: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of token shards; none and no --tasks: the run's target and held-out sets."),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(help="Task files, folders of them, lm-eval's own tasks, as a.jsonl,sciq (docs/evaluation.md)."),
+    ] = "",
+    shots: Annotated[str, typer.Option(help="Examples in the context of each item: every task with 0,2.")] = "0",
     batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+    guard: Annotated[
+        bool, typer.Option(help="Refuse tasks and target sets that overlap with what was trained on.")
+    ] = True,
+    max_overlap: Annotated[
+        float, typer.Option(help="Share of items that may share 13 words in a row with a set.", min=0, max=1)
+    ] = MAX_OVERLAP,
+    task_yaml: Annotated[
+        Path | None, typer.Option(help="Keep lm-eval's YAML tasks of the task files here, for `lm_eval --tasks`.")
+    ] = None,
 ) -> None:
-    """Loss, perplexity and bits-per-byte of an LM, per domain."""
-    from ray_dwm.evaluation.perplexity import evaluate_folders, format_table, write_json
+    """Perplexity and bits-per-byte of an LM per domain, and its scores in tasks, all with standard errors."""
+    from ray_dwm.evaluation import judge
 
     check_output(output)
-    results = evaluate_folders(lm, shards, batch)
-    typer.echo(format_table(results))
+    count = whole("--shots", "no examples", 0, 1000)
+    asked = judge.Asked(
+        tasks=words(tasks),
+        shots=[count(word) for word in words(shots)],
+        batch=batch,
+        guarded=guard,
+        max_overlap=max_overlap,
+        yaml=task_yaml,
+    )
+    found = judge.evaluate(lm, shards or [], asked)
+    judge.show(found)
     if output is not None:
-        write_json(results, output)
+        judge.write_json(found, output)
 
 
 def export(

@@ -1,4 +1,4 @@
-"""The commands that train: train, compare, experiment."""
+"""The commands that train: train, compare, experiment, tune."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ray_dwm.cli.options import Config, Overrides, load_config, words
+from ray_dwm.errors import UserError
 from ray_dwm.planning.options import whole
 
 
@@ -57,3 +58,29 @@ def experiment(
     for line in (*board.verdict, *board.notes):
         typer.echo(f"- {line}")
     typer.echo(f"leaderboard: {config.folder / LEADERBOARD}.md, .json, .html")
+
+
+def tune(
+    config: Annotated[Path, typer.Option(help="What is searched, at which scales (docs/tune.md).")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Start nothing: the space, what a trial asks for, the plan of all trials.")
+    ] = False,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU that --dry-run plans with, as h100 or a100-40g.")] = "h100",
+) -> None:
+    """Search hyper-parameters by Ray Tune and Optuna, and carry the best to larger LMs; the same command continues."""
+    from ray_dwm.tuning import load_tune
+
+    try:
+        from ray_dwm.orchestration import tune as job
+        from ray_dwm.orchestration import tune_plan
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'ray-dwm[tune]'") from None
+    declared = load_tune(config, overrides or [])
+    if dry_run:
+        tune_plan.show(job.check(declared, prepare=False), gpu)
+        return
+    found = job.tune(declared)
+    for line in found.lines:
+        typer.echo(f"- {line}")
+    typer.echo(f"report: {found.folder / 'report'}.md, .json, .html; {found.folder / 'recommended.yaml'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from dataclasses import dataclass
 
 
@@ -52,6 +53,14 @@ class BilevelSchedule(ABC):
     def version(self, step: int) -> int:
         """The DWM version whose weights LM step `step` uses; 0 is the start."""
         return self.updates_before(step - self.delay_steps)
+
+    def staleness(self, step: int) -> int:
+        """LM steps from the bi-level step that made the version of LM step `step` to that step; for version 0, `step`.
+
+        At least 1 + delay otherwise.
+        """
+        made = bisect_left(range(step + 1), self.version(step), key=self.updates_before)
+        return step - max(made - 1, 0)
 
     def holds(self, step: int) -> bool:
         """Whether the LM is put back after LM step `step`, which then only taught the DWM."""
@@ -121,6 +130,10 @@ class Staged(BilevelSchedule):
     def start(self, stage: int) -> int:
         """First LM step of a stage."""
         return self.warmup_steps + stage * (self.total_steps - self.warmup_steps) // self.stages
+
+    def stage(self, step: int) -> int:
+        """Stages that have begun before or at LM step `step`; 0 in the warm-up."""
+        return sum(self.start(stage) <= step for stage in range(self.stages))
 
     def updates_before(self, step: int) -> int:
         """See BilevelSchedule."""

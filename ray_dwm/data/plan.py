@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 from ray_dwm.errors import DataError
 
+WORTH_EPOCHS = 4.0
+"""Beyond about four passes repeated data is worth little: Muennighoff et al., NeurIPS 2023 (arXiv 2305.16264)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cursor:

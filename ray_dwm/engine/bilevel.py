@@ -34,7 +34,7 @@ from ray_dwm.engine.sketch import GhostLowRank
 from ray_dwm.engine.step import LowerLevel, StepResult
 from ray_dwm.engine.target import TargetGradient, Targets
 from ray_dwm.engine.weighting import GivenWeights
-from ray_dwm.errors import ConfigError, TrainingError
+from ray_dwm.errors import ConfigError, NotFinite
 
 PHASES = ("target_gradient", "direction", "contraction", "watch", "fidelity")
 
@@ -117,7 +117,7 @@ class BilevelStep:
         """After the LM's step; its gradients are consumed, theta' is left in place.
 
         Raises:
-            TrainingError: the target's gradient or an alignment is not finite.
+            NotFinite: the target's gradient or an alignment is not finite.
         """
         begun, self._begun = self._begun, None
         assert begun is not None, "begin comes first"
@@ -137,7 +137,7 @@ class BilevelStep:
         if begun.direction is not None:  # the clipping was not known yet; its radial part stays unknown
             dots_c = clip_coefficient(result.grad_norm, self._lower.config.clip_norm) * dots_c
         if not bool(torch.isfinite(all_sum(dots_c.sum()))):
-            raise TrainingError(
+            raise NotFinite(
                 f"the alignments of step {begun.step} are not finite (bilevel.estimator={self._config.estimator}): try "
                 "bilevel.estimator=central, or lower train.lr; the last checkpoint is intact"
             )
@@ -212,7 +212,7 @@ class BilevelStep:
     def _require_finite(self, u: Shards, result: StepResult) -> None:
         norm = self._lower.layout.norm(u)
         if not math.isfinite(norm):
-            raise TrainingError(
+            raise NotFinite(
                 f"the target set's gradient is not finite ({norm}) after a step of learning rate {result.lr:g}: "
                 "lower train.lr; the last checkpoint is intact"
             )

@@ -17,7 +17,7 @@ from ray_dwm.engine.learner import State
 from ray_dwm.engine.mesh import all_gather_rows, is_main
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.weighting import Statistics
-from ray_dwm.errors import ConfigError, TrainingError
+from ray_dwm.errors import Collapsed, ConfigError, NotFinite
 from ray_dwm.models.lm import Lm
 
 _FEW_STEPS = 20
@@ -94,7 +94,7 @@ class GroupDroWeighting:
         proxy = bool(all_gather_rows(losses_bT.isfinite().all()[None]).all())
         name = "the LM's loss" if not proxy else f"the loss of weighting.group_dro.reference={self._options.reference}"
         remedy = "lower train.lr" if not proxy else "train that LM anew with a lower train.lr, or name another"
-        raise TrainingError(f"{name} is not finite at step {self._step}: it has diverged, {remedy}")
+        raise NotFinite(f"{name} is not finite at step {self._step}: it has diverged, {remedy}")
 
     def _guard(self) -> None:
         o, state = self._options, self._state
@@ -103,7 +103,7 @@ class GroupDroWeighting:
         top = self._names[int(state.alpha_D.argmax())]
         remedy = "lower weighting.group_dro.eta or raise weighting.group_dro.smoothing"
         if state.collapsed > max(_FEW_STEPS, o.max_collapsed * self._config.train.steps):
-            raise TrainingError(
+            raise Collapsed(
                 f"the domain weights have collapsed: at step {self._step} {top} has had nearly all for "
                 f"{state.collapsed} steps in a row, over weighting.group_dro.max_collapsed = {o.max_collapsed:g} of "
                 f"train.steps: {remedy}"

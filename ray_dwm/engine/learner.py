@@ -21,7 +21,7 @@ from ray_dwm.core.weighting import (
     weights_from_scores,
     whole_batch,
 )
-from ray_dwm.errors import TrainingError
+from ray_dwm.errors import NotFinite
 from ray_dwm.models.dwm import DwmShape, build_dwm
 
 State = dict[str, Tensor]
@@ -72,7 +72,7 @@ class DwmLearner:
         """One bi-level update: scores, weights, dJ/dphi by the chain rule, AdamW step.
 
         Raises:
-            TrainingError: where the hypergradient is not finite; the DWM has not moved.
+            NotFinite: where the hypergradient is not finite; the DWM has not moved.
         """
         assert feedback.version == self.version + 1, "feedback must come in order"
         standard_C, self._running_variance = standardise(
@@ -93,7 +93,7 @@ class DwmLearner:
                 self._running_variance**0.5,
             ]
             if not all(math.isfinite(value) for value in self._metrics):
-                raise TrainingError(
+                raise NotFinite(
                     f"the hypergradient of DWM version {feedback.version} is not finite: lower dwm.lr or raise "
                     "dwm.temperature; the last checkpoint is intact"
                 )

@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from ray_dwm import logs
 from ray_dwm.core.accounting import mfu
 from ray_dwm.core.hardware import recognise
 from ray_dwm.core.weighting import effective_sample_size, normalised_entropy
@@ -20,7 +21,7 @@ from ray_dwm.engine.metrics import JsonlSink, MetricSink, WeightsWriter
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.step import StepResult
 from ray_dwm.engine.upper import UpperLevel
-from ray_dwm.errors import TrainingError
+from ray_dwm.errors import Collapsed
 
 
 class Recorder:
@@ -39,6 +40,7 @@ class Recorder:
 
     def open(self, step: int) -> None:
         """Continue after `step` steps: what was written down after it goes."""
+        logs.bind(step=step)
         if not self._main:
             return
         run_dir = self._config.run_dir
@@ -62,6 +64,7 @@ class Recorder:
 
     def log(self, figures: dict[str, float]) -> dict[str, float]:
         """Hand a step's figures to the sinks; `time_s` is training time, without evaluation and checkpoints."""
+        logs.bind(step=int(figures["step"]))
         if self._main:
             self._time_s += sum(value for key, value in figures.items() if key.startswith("seconds/"))
             figures = {**figures, "time_s": self._time_s}
@@ -149,7 +152,7 @@ class Recorder:
     def _guard(self, step: int, ess_fraction: float) -> None:
         floor = self._config.dwm.min_ess_fraction
         if not ess_fraction >= floor:  # so that NaN counts as a collapse
-            raise TrainingError(
+            raise Collapsed(
                 f"the weights have collapsed at step {step}: ESS is at {ess_fraction:.3f} of its range, below "
                 f"dwm.min_ess_fraction = {floor}: raise bilevel.kl, dwm.floor or dwm.temperature; the last checkpoint "
                 "is intact"

@@ -19,7 +19,7 @@ from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, User
 
 # What may differ when a run is resumed: where and on what it runs, not what it computes.
 _DATA = "data.json"
-_FREE = ("storage", "cluster", "parallel", "tracking", "prepare", "selection", "checkpoint")
+_FREE = ("storage", "cluster", "parallel", "tracking", "prepare", "selection", "checkpoint", "evaluation")
 _FREE_KEYS = ("train.micro_batch", "train.profile", "train.profile_first", "train.profile_steps")
 
 _CHOICE = ("selection.mates.", "selection.budget", "selection.temperature", "selection.stratified")
@@ -37,7 +37,7 @@ def check(config: RunConfig) -> None:
     if path.is_file():
         before, now = dotted(_stored(path)), dotted(to_dict(config))
         for key in sorted(before.keys() | now.keys()):
-            if not _is_free(key, config) and before.get(key) != now.get(key):
+            if not is_free(key, config) and before.get(key) != now.get(key):
                 raise ConfigError(
                     f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
                     "choose another name=..., or remove the folder"
@@ -48,7 +48,8 @@ def check(config: RunConfig) -> None:
         raise UserError(f"run folder {config.run_dir} cannot be written: choose another storage=...")
 
 
-def _is_free(key: str, config: RunConfig) -> bool:
+def is_free(key: str, config: RunConfig) -> bool:
+    """Whether a dotted key may differ when the run is continued."""
     if config.in_stages and key.startswith(_CHOICE):
         return False
     return key.split(".")[0] in _FREE or key in _FREE_KEYS
@@ -132,18 +133,26 @@ def running_path(config: RunConfig) -> Path:
     return config.run_dir / "running"
 
 
-def record_failure(config: RunConfig, error: DwmError) -> None:
-    """Leave the reason for an end before the end; the first one stays."""
+def record_failure(config: RunConfig, error: DwmError, where: str = "") -> None:
+    """Leave the reason for an end before the end; the first one stays.
+
+    Args:
+        where: who met it.
+    """
     path = failure_path(config)
     if not path.exists():
-        write_whole(path, json.dumps({"message": str(error), "exit_code": error.exit_code}))
+        message = f"{error} ({where})" if where else str(error)
+        write_whole(path, json.dumps({"message": message, "exit_code": error.exit_code, "kind": error.kind}))
 
 
 def raise_failure(config: RunConfig) -> None:
     """Raise what a worker left, if it did; always as a failure of the running run."""
     path = failure_path(config)
     if path.exists():
-        raise TrainingError(json.loads(path.read_text())["message"])
+        left = read_json(path)
+        error = TrainingError(left["message"])
+        error.kind = left["kind"]
+        raise error
 
 
 def read_summary(config: RunConfig) -> dict[str, Any] | None:

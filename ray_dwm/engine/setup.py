@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
@@ -103,7 +104,7 @@ def _check_given_dwm(config: RunConfig, train: Manifest) -> None:
     """Read the DWM that a run is given, so that one that does not fit is told before anything starts."""
     if config.weighting.method != "dwm":
         return
-    if config.dwm.mode != "learn":
+    if not config.dwm.learns:
         ReplayedWeighting(config, train.tokenizer_sha256, torch.device("cpu"))
     elif config.dwm.init_from:
         build_learner(config, train)
@@ -167,6 +168,17 @@ def build_learner(config: RunConfig, train: Manifest) -> DwmLearner:
     return learner
 
 
+def run_lm_config(config: RunConfig, train: Manifest) -> LlamaConfig:
+    """The LM's architecture in a run."""
+    return lm_config(
+        config.lm.preset,
+        vocab_size=train.vocab_size,
+        seq_len=seq_len(config, train),
+        eos_token_id=train.eos_token_id,
+        attention=config.lm.attention,
+    )
+
+
 def run_dwm_shape(config: RunConfig, train: Manifest) -> DwmShape:
     """The DWM's architecture in a run."""
     return dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features, config.dwm.batch_attention)
@@ -197,20 +209,14 @@ def build(
     mesh = init_mesh(config.parallel.shard)
     allow_kernels(config.lm.attention)
     place, tokens = device(), seq_len(config, train)
-    llama = lm_config(
-        config.lm.preset,
-        vocab_size=train.vocab_size,
-        seq_len=tokens,
-        eos_token_id=train.eos_token_id,
-        attention=config.lm.attention,
-    )
+    llama = run_lm_config(config, train)
     model, fillings = without_values(lambda: Lm(llama, config.parallel.loss_chunk))
     parallelize(model, mesh, config.train.precision, config.parallel)
     materialize(model, fillings, config.seed, torch.device("cpu") if config.parallel.cpu_offload else place)
     lower = LowerLevel(model, mesh, config.train)
     targets = {name: open_shards(folder) for name, folder in target_sets(config).items()}
     weighting: Weighting | None = None
-    if config.weighting.method == "dwm" and config.dwm.mode != "learn":
+    if config.weighting.method == "dwm" and not config.dwm.learns:
         weighting = ReplayedWeighting(config, train.tokenizer_sha256, place)
     elif config.weighting.method == "dwm":
         weighting = build_weigher(config, train, service, place)

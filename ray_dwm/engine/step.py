@@ -21,7 +21,7 @@ from ray_dwm.engine.batch import Batch
 from ray_dwm.engine.clock import Stopwatch
 from ray_dwm.engine.mesh import Layout, all_sum, own_rows, shard
 from ray_dwm.engine.weighting import Statistics, Weighting
-from ray_dwm.errors import TrainingError
+from ray_dwm.errors import NotFinite, TrainingError
 from ray_dwm.models.lm import Lm, LmOutput
 
 
@@ -178,7 +178,7 @@ class LowerLevel:
         total = total.full_tensor() if isinstance(total, DTensor) else total
         norm = float(total)
         if not math.isfinite(norm):
-            raise TrainingError(
+            raise NotFinite(
                 f"the gradient is not finite at step {step} (norm {norm}): lower train.lr or train.clip_norm; "
                 "the last checkpoint is intact"
             )

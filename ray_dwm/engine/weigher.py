@@ -124,8 +124,11 @@ class Weigher:
         return self._metrics
 
     def _version_metrics(self) -> dict[str, float]:
-        figures = zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True)
-        return {"dwm/version": self.version, **{f"dwm/{name}": value for name, value in figures}}
+        update = zip(METRICS, self._versions[self.version]["metrics"].tolist(), strict=True)
+        figures = {"dwm/version": self.version, "dwm/staleness_steps": self.schedule.staleness(self._step)}
+        if isinstance(self.schedule, Staged):
+            figures["dwm/stage"] = self.schedule.stage(self._step)
+        return {**figures, **{f"dwm/{name}": value for name, value in update}}
 
     def weigh(self, batch: Batch, statistics_bS: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Weighting; the scores are the DWM's own, whatever a null control makes of its weights."""

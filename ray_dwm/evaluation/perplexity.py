@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -139,8 +138,3 @@ def format_table(results: Sequence[Result]) -> str:
             f"{r.bits_per_byte:>11.4f}"
         )
     return "\n".join(lines)
-
-
-def write_json(results: Sequence[Result], path: Path) -> None:
-    """The same as JSON."""
-    path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

@@ -42,6 +42,11 @@ class DwmShape:
         """Plain values."""
         return asdict(self)
 
+    @property
+    def features(self) -> list[str]:
+        """What it looks at, in the order of its inputs: the feature spec of a DWM folder."""
+        return ["token_ids", *(STATISTICS if self.lm_features else ())]
+
 
 SIZES: dict[str, dict[str, int]] = {
     "xs": {"width": 32, "layers": 1, "batch_layers": 1, "heads": 4},

@@ -91,7 +91,7 @@ def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    config = {"model_type": "ray_dwm", **shape.to_dict(), **provenance}
+    config = {"model_type": "ray_dwm", **shape.to_dict(), "features": shape.features, **provenance}
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
@@ -105,7 +105,7 @@ def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWei
         tokenizer_sha256: refuse a DWM that was learnt with another tokenizer.
 
     Raises:
-        DataError: missing, damaged, or of another tokenizer.
+        DataError: missing, damaged, of other features or of another tokenizer.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -118,6 +118,11 @@ def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWei
         raise DataError(
             f"{folder} is not a readable DWM folder ({reason}): name one in a run's dwm folder, or an exported one"
         ) from None
+    stored = config.get("features", shape.features)  # folders of before say nothing: there were no others
+    if stored != shape.features:
+        raise DataError(
+            f"{folder} looks at {stored}, this version gives {shape.features}: use the version that learnt it"
+        )
     if tokenizer_sha256 is not None and config.get("tokenizer_sha256") != tokenizer_sha256:
         raise DataError(
             f"{folder} was learnt with another tokenizer: prepare the data with that tokenizer, or learn anew"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_dwm.analysis.preferences import SAMPLES, Asked, preferences, take_sample
 from ray_dwm.analysis.report import write_report
-from ray_dwm.analysis.runs import Run, open_run, versions
+from ray_dwm.analysis.runs import Run, open_runs, versions
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
@@ -60,7 +60,7 @@ def analyze(folders: Sequence[Path], asked: Analysis) -> None:
     Raises:
         UserError: naming folder, file or option and the remedy; no report is written.
     """
-    runs = [open_run(folder) for folder in folders]
+    runs = open_runs(folders)
     weighted = [run for run in runs if run.weighted]
     if asked.numbers is not None and not (weighted and asked.preferences):
         raise UserError("--json writes what weightings preferred, and none is looked at: name a run with weights")

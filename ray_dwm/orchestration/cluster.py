@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError
 
 from ray_dwm.config import RunConfig
 from ray_dwm.errors import ResourceError
+from ray_dwm.logs import in_job, in_json, say
 
 NAMESPACE = "ray_dwm"
 DRIVER_HEADROOM_CPUS = 1
@@ -29,10 +30,13 @@ _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Makes PyTorch ask for huge pages: on a CPU it touches fresh memory at every step, page by page."""
 
 
-def connect(config: RunConfig) -> None:
+def connect(config: RunConfig, at_once: int = 1) -> None:
     """Join the cluster that RAY_ADDRESS (or the Ray job) names; without one, start one of this machine's size.
 
     A local cluster gets as many logical CPUs as the run asks for, so that a laptop can run it.
+
+    Args:
+        at_once: such runs at the same time.
 
     Raises:
         ResourceError: no cluster at the address, or one that wants a token or has other versions.
@@ -41,7 +45,9 @@ def connect(config: RunConfig) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
+    if in_json():  # what Ray itself says here and in the workers
+        quiet["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="ERROR")
     # Workers import the package from where the driver did, also when it runs from a source tree.
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **_huge_pages()}}
     try:
@@ -51,7 +57,7 @@ def connect(config: RunConfig) -> None:
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
             cpus = max(
-                os.cpu_count() or 1, _cpus(config, True, config.cluster.most_workers)
+                os.cpu_count() or 1, at_once * _cpus(config, True, config.cluster.most_workers)
             )  # `compare` trains with and without in turn
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **quiet)
     except AuthenticationError as error:
@@ -107,11 +113,6 @@ def quiet_ray_data() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def in_job() -> bool:
-    """Whether this is a Ray job, whose working folder is a temporary copy."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def is_temporary(folder: str) -> bool:
     """Whether a folder would lie in a Ray job's working folder, which other nodes do not see."""
     return in_job() and not Path(folder).expanduser().is_absolute()
@@ -120,23 +121,25 @@ def is_temporary(folder: str) -> bool:
 def warn_if_temporary(key: str, folder: str) -> None:
     """Say that a relative folder goes with a Ray job's working folder."""
     if folder and is_temporary(folder):
-        print(
+        say(
             f"warning: {key}={folder} is relative, and a Ray job's working folder is temporary: pass "
-            f"{key}=/a/shared/folder to keep what is made and to be able to resume",
-            flush=True,
+            f"{key}=/a/shared/folder to keep what is made and to be able to resume"
         )
 
 
 def needed(config: RunConfig, workers: int) -> dict[str, float]:
     """Logical resources that a run of so many workers holds at the same time."""
     cluster, dwm = config.cluster, config.learns_dwm
-    gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0)
+    beside = config.evaluation.gpus if config.evaluation.every else 0.0
+    gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0) + beside
     return {"CPU": _cpus(config, dwm, workers), "GPU": gpus}
 
 
 def _cpus(config: RunConfig, dwm: bool, workers: int) -> int:
     cluster = config.cluster
     beside = 0.0 if cluster.elastic else (actor_cpus(config) if dwm else 0) + DRIVER_HEADROOM_CPUS
+    if config.evaluation.every:
+        beside += config.evaluation.cpus
     return math.ceil(workers * cluster.cpus_per_worker + beside)
 
 

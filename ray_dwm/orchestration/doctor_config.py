@@ -9,21 +9,21 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
+from ray_dwm.data.plan import WORTH_EPOCHS
 from ray_dwm.data.records import LOCK, is_locked
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
 from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan, seq_len
+from ray_dwm.logs import in_job
 from ray_dwm.models.lm import parameter_count
-from ray_dwm.orchestration.cluster import fitting, in_job, needed, worker_bundle
+from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.prepare import sets_to_make
 from ray_dwm.orchestration.select import plan_selection
 
-MOST_EPOCHS = 4.0
-"""Beyond about four passes repeated data is worth little: Muennighoff et al., NeurIPS 2023 (arXiv 2305.16264)."""
 _WEIGHT_ROW_BYTES = 26
 """A row of weights/*.parquet: 24 to 25 bytes, measured with random figures."""
 _VERSIONS_HELD = 3
@@ -75,8 +75,8 @@ def check_epochs(config: RunConfig, rows: int, tokens: int, stored: bool = False
     drawn = config.train.steps * config.train.global_batch
     epochs = drawn / rows
     found = f"{drawn * tokens / 1e6:,.1f} M tokens are {epochs:.2f} epochs of the training set"
-    if epochs > MOST_EPOCHS:
-        remedy = f"add data or lower train.steps: beyond {MOST_EPOCHS:g} epochs repeated data is worth little"
+    if epochs > WORTH_EPOCHS:
+        remedy = f"add data or lower train.steps: beyond {WORTH_EPOCHS:g} epochs repeated data is worth little"
         return Finding("epochs", "warning", found, remedy)
     if stored and drawn < rows // config.train.global_batch * config.train.global_batch:
         found += ", in stored order: the last part of it is never seen"

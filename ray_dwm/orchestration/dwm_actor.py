@@ -22,6 +22,7 @@ from ray_dwm.engine.learner import DwmLearner, Feedback, State
 from ray_dwm.engine.mesh import all_sum, device, is_main
 from ray_dwm.errors import DwmError, ResourceError, TrainingError
 from ray_dwm.orchestration.cluster import NAMESPACE, actor_cpus
+from ray_dwm.orchestration.exporting import Exporter, resident_bytes
 
 FETCH_TIMEOUT_S = 600.0
 _TRY_S = 2.0
@@ -44,8 +45,13 @@ class Reply:
 class DwmService:
     """The actor's inside: a plain class, tested without Ray."""
 
-    def __init__(self, learner: DwmLearner) -> None:
+    def __init__(self, learner: DwmLearner, run: str = "") -> None:
+        """
+        Args:
+            run: what its metrics are tagged with.
+        """
         torch.set_num_threads(1)
+        self._exporter = Exporter("actor", run)
         self._learner = learner
         self._life: int | None = None
         self._published: dict[int, Any] = {}
@@ -56,13 +62,17 @@ class DwmService:
         self._life, self._error = life, None
         self._learner.load_state(state)
         self._published = {self._learner.version: self._publish(state)}
+        self._export()
 
     def update(self, life: int, feedback: Feedback) -> None:
         """Make and publish the next version; feedback of another life or out of turn is ignored."""
         if life != self._life or feedback.version != self._learner.version + 1 or self._error is not None:
             return
         try:
+            start = time.perf_counter()
             self._published[feedback.version] = self._publish(self._learner.update(feedback))
+            self._exporter.put("dwm_update_seconds", time.perf_counter() - start)
+            self._export()
         except DwmError as error:
             self._error = error
         except Exception as error:  # nobody waits for this call's result: the next fetch has to tell
@@ -78,6 +88,10 @@ class DwmService:
             del self._published[old]
         reference = self._published.get(version)
         return Reply(known_life=True, state=None if reference is None else [reference])
+
+    def _export(self) -> None:
+        self._exporter.put("dwm_actor_version", self._learner.version)
+        self._exporter.put("dwm_actor_memory_bytes", resident_bytes())
 
     def _publish(self, state: State) -> Any:
         return ray.put(state)
@@ -101,11 +115,12 @@ def create_actor(config: RunConfig, learner: DwmLearner) -> Any:
         "max_task_retries": -1,
         "num_cpus": actor_cpus(config),
         "num_gpus": config.cluster.dwm_gpus,
+        "scheduling_strategy": "DEFAULT",  # a sweep's trial lies in a placement group that holds its driver alone
     }
     deadline = time.monotonic() + _NAME_TIMEOUT_S
     while True:
         try:
-            return ray.remote(DwmService).options(**options).remote(learner)
+            return ray.remote(DwmService).options(**options).remote(learner, config.name)
         except ValueError as error:
             # The name is taken. The actor of a killed driver goes within seconds, and must not be reused.
             if "already taken" not in str(error):
@@ -140,6 +155,11 @@ class RemoteWeightService:
                     f"the DWM actor did not start within {FETCH_TIMEOUT_S:g} s: look at its log in the Ray dashboard; "
                     "the last checkpoint is intact"
                 ) from None
+
+    @property
+    def queue(self) -> int:
+        """Updates that have been sent and are not fetched; known on rank 0."""
+        return len(self._pending)
 
     def submit(self, feedback: Feedback) -> None:
         """See WeightService."""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import ray
 import ray.train
+import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ray_dwm import logs
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.records import read_metrics, write_whole
 from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.engine.export import export_dwm, export_lm
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.mesh import BACKENDS, TIMEOUT_S, init_mesh, is_main
+from ray_dwm.engine.mesh import BACKENDS, TIMEOUT_S, all_sum, device, init_mesh, is_main
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.probe import newest_step
 from ray_dwm.engine.rundir import failure_path, raise_failure, read_summary, record_failure, running_path, stop_path
@@ -29,9 +32,11 @@ from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import DwmError, Stopped, TrainingError
 from ray_dwm.orchestration.cluster import NAMESPACE, worker_environment
 from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name, create_actor
+from ray_dwm.orchestration.exporting import Exporter, RaySink, active, run_id
 from ray_dwm.orchestration.ingest import RayDataSource
 from ray_dwm.orchestration.progress import Progress
 from ray_dwm.orchestration.tracking import sinks
+from ray_dwm.orchestration.watch import Watch, first_failure, last_words, next_attempt
 
 Figures = Mapping[int, Mapping[str, float]]
 """Step -> what its line of metrics.jsonl says besides."""
@@ -56,6 +61,11 @@ def fit_until(config: RunConfig, manifest: Manifest, until: int, figures: Figure
     Raises:
         TrainingError: it failed, or was stopped by a SIGTERM; the last checkpoint is intact.
     """
+    with active(config):
+        _fit_until(config, manifest, until, figures)
+
+
+def _fit_until(config: RunConfig, manifest: Manifest, until: int, figures: Figures) -> None:
     actor = create_actor(config, build_learner(config, manifest)) if config.learns_dwm else None
     try:
         with on_sigterm(lambda: _ask_to_stop(config)), Progress(config):
@@ -119,22 +129,41 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     config: RunConfig = build(RunConfig, loop_config["config"])
     if failure_path(config).exists():
         return  # an earlier attempt found that restarting does not help; the driver reports it
-    if is_main():
+    init_mesh()
+    rank, main = dist.get_rank(), is_main()
+    attempt = int(all_sum(torch.tensor(next_attempt(config.run_dir) if main else 0, device=device())))
+    logs.setup(logs.style_of(config.tracking.logs, worker=True))
+    logs.bind(run=config.name, attempt=attempt, rank=rank, step=0)
+    exporter = Exporter("worker", config.name, run_id(), str(rank))
+    if main:
         running_path(config).touch()
+        exporter.put("lm_restarts", attempt - 1)
     try:
-        _run(config, loop_config["until"], loop_config["figures"])
-    except Stopped as stopped:
-        record_failure(config, stopped)  # and end well: Ray Train would restart what fails
-    except DwmError as error:
-        record_failure(config, error)
-        raise
+        with Watch(config, attempt, rank, exporter) as watch:
+            _watched(config, watch, lambda: _run(config, loop_config["until"], loop_config["figures"], exporter))
     finally:
-        if is_main():
+        if main:
             running_path(config).unlink(missing_ok=True)
 
 
-def _run(config: RunConfig, until: int, figures: Figures) -> None:
-    init_mesh()
+def _watched(config: RunConfig, watch: Watch, run: Callable[[], None]) -> None:
+    """Run, and write down what ends it."""
+    beat = watch.look()
+    logs.record("the worker starts", node=beat.node, pid=beat.pid, workers=dist.get_world_size())
+    try:
+        run()
+    except Stopped as stopped:
+        record_failure(config, stopped)  # and end well: Ray Train would restart what fails
+    except DwmError as error:
+        record_failure(config, error, where=str(watch.failed(error)))
+        raise
+    except Exception as error:
+        watch.failed(error)
+        raise
+    logs.record("the worker ends")
+
+
+def _run(config: RunConfig, until: int, figures: Figures, exporter: Exporter) -> None:
     train_set = load_manifest(config.data.train)
     rank, world = dist.get_rank(), dist.get_world_size()
     source = RayDataSource(
@@ -149,8 +178,12 @@ def _run(config: RunConfig, until: int, figures: Figures) -> None:
     if config.learns_dwm:
         service = RemoteWeightService(ray.get_actor(actor_name(config), namespace=NAMESPACE))
 
+    exported = RaySink(config, exporter, lambda: service.queue if service is not None else 0)
+
     def on_checkpoint(step: int, path: Path, figures: dict[str, float]) -> None:
-        del path
+        if rank == 0:
+            exported.checkpoint(time.time())
+            logs.record(f"checkpoint {path}", step=step)
         ray.train.report({"step": step, **figures})
 
     notice = PreemptionNotice()
@@ -159,7 +192,7 @@ def _run(config: RunConfig, until: int, figures: Figures) -> None:
         config,
         source=source,
         service=service,
-        sinks=sinks(config) if rank == 0 else [],
+        sinks=[exported, *sinks(config)] if rank == 0 else [],
         on_checkpoint=on_checkpoint,
         on_version=lambda step: export_dwm(parts, train_set, step),
         should_stop=lambda: rank == 0 and stop_path(config).exists(),
@@ -217,10 +250,8 @@ def _summary(config: RunConfig, world: int, final: dict[str, float]) -> dict[str
 
 
 def _reason(config: RunConfig, error: ray.train.TrainingFailedError) -> str:
-    failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = next(iter(failures.values()), error)
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()] or [type(cause).__name__]
+    first = first_failure(config.run_dir, getattr(error, "worker_failures", None) or {}) or last_words(error)
     return (
-        f"[{config.name}] gave up after {config.cluster.max_failures} restarts: {lines[-1].strip()}; start the same "
-        "command again to continue from the last checkpoint"
+        f"[{config.name}] gave up after {config.cluster.max_failures} restarts: {first}; start the same command again "
+        "to continue from the last checkpoint"
     )

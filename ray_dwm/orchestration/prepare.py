@@ -20,6 +20,7 @@ from ray_dwm.data.packing import pack_file
 from ray_dwm.data.text import find_files
 from ray_dwm.data.tokenization import FOLDER, Tokenizer, copy_tokenizer
 from ray_dwm.errors import DataError, DwmError, UserError
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect
 
 REJECTS = "rejects.jsonl"
@@ -72,10 +73,7 @@ def prepare_sets(config: RunConfig, *, missing_only: bool = False) -> None:
         manifest = prepare(*row, config.prepare)
         counts = ", ".join(f"{name} {stats.rows}" for name, stats in manifest.domains.items())
         rejected = manifest.made_by["rejected_records"]
-        print(
-            f"{row[2]}: {manifest.rows} sequences of {manifest.seq_len} tokens ({counts}), {rejected} records rejected",
-            flush=True,
-        )
+        say(f"{row[2]}: {manifest.rows} sequences of {manifest.seq_len} tokens ({counts}), {rejected} records rejected")
 
 
 def _check(key: str, files: str, output: str | Path, config: PrepareConfig) -> tuple[list[Path], Tokenizer, Path]:

@@ -6,14 +6,18 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from ray_dwm.config import RunConfig
 from ray_dwm.engine.messages import MESSAGES
+from ray_dwm.logs import in_json, say
 
 _POLL_S = 0.5
 _PLAIN_INTERVAL_S = 10.0
+_TOLD = ("step", "tokens", "loss", "tokens_per_s", "dwm/ess", "dwm/version")
+"""Fields of a line for collectors."""
 
 
 class Progress:
@@ -25,7 +29,7 @@ class Progress:
         self._messages = config.run_dir / MESSAGES
         self._told = self._messages.stat().st_size if self._messages.exists() else 0
         """Bytes of what the workers have said that were there before, or have been passed on."""
-        self._live = sys.stdout.isatty()
+        self._live = sys.stdout.isatty() and not in_json()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._shown_step = -1
@@ -34,7 +38,7 @@ class Progress:
     def __enter__(self) -> Progress:
         cluster = self._config.cluster
         number = f"{cluster.least_workers} to {cluster.most_workers}" if cluster.elastic else cluster.most_workers
-        print(f"[{self._config.name}] starting {number} workers", flush=True)
+        say(f"starting {number} workers", run=self._config.name)
         self._thread.start()
         return self
 
@@ -62,11 +66,14 @@ class Progress:
             whole = stream.read().rpartition(b"\n")[0]
         if whole:
             self._told += len(whole) + 1
-            print(("\r\x1b[K" if self._live else "") + whole.decode(errors="replace"), flush=True)
+            if self._live:
+                print("\r\x1b[K", end="")
+            for line in whole.decode(errors="replace").split("\n"):
+                say(line.removeprefix(f"[{self._config.name}] "), run=self._config.name)
 
     def _show(self, rates: list[float]) -> None:
         self._pass_on()
-        line = _last_line(self._path)
+        line = last_line(self._path)
         if line is None or line["step"] == self._shown_step or "loss" not in line:
             return
         due = time.monotonic() - self._last_plain >= _PLAIN_INTERVAL_S
@@ -76,13 +83,16 @@ class Progress:
         rates.append(line["tokens_per_s"])
         del rates[:-20]
         text = self._text(line, sum(rates) / len(rates))
-        print(f"\r\x1b[K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
+        if self._live:
+            print(f"\r\x1b[K[{self._config.name}] {text}", end="", flush=True)
+        else:
+            say(text, run=self._config.name, **{key: line[key] for key in _TOLD if key in line})
 
     def _text(self, line: dict[str, Any], rate: float) -> str:
         steps = self._config.train.steps
         left = (steps - line["step"]) * line["tokens"] / line["step"] / rate
         text = (
-            f"[{self._config.name}] step {line['step']}/{steps}  loss {line['loss']:.3f}  {rate:,.0f} tokens/s  "
+            f"step {line['step']}/{steps}  loss {line['loss']:.3f}  {rate:,.0f} tokens/s  "
             f"ETA {int(left // 60)}:{int(left % 60):02d}"
         )
         if "dwm/ess" in line:
@@ -92,7 +102,8 @@ class Progress:
         return text
 
 
-def _last_line(path: Any) -> dict[str, Any] | None:
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last line of a metrics.jsonl that grows; None where there is none, or it is being written."""
     try:
         with path.open("rb") as stream:
             return _tail(stream)

@@ -11,7 +11,10 @@ from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.rundir import check, claim, read_summary
 from ray_dwm.engine.setup import check_checkpoint, check_data, evaluation_sets
+from ray_dwm.evaluation.taskfile import is_path
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect
+from ray_dwm.orchestration.evaluate import Evaluations, check_tasks
 from ray_dwm.orchestration.fit import fit
 from ray_dwm.orchestration.placement import await_resources, prove_storage
 
@@ -33,21 +36,25 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     check(config)
     done = read_summary(config)
     if done is not None:
-        print(f"[{config.name}] is complete already: {config.run_dir}", flush=True)
+        say(f"is complete already: {config.run_dir}", run=config.name)
         return done
     check_checkpoint(config, manifest)
+    overlaps = check_tasks(config)
     connect(config)
     workers = await_resources(config)
     if workers < config.cluster.most_workers:
-        print(
-            f"[{config.name}] the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the "
-            "others join when nodes come",
-            flush=True,
+        say(
+            f"the cluster has room for {workers} of at most {config.cluster.most_workers} workers: the others join "
+            "when nodes come",
+            run=config.name,
         )
     prove_storage(config)
     with claim(config):
-        print(f"[{config.name}] run folder {config.run_dir}", flush=True)
-        return train(config, manifest)
+        say(f"run folder {config.run_dir}", run=config.name)
+        with Evaluations(config, overlaps) as evaluations:
+            summary = train(config, manifest)
+            evaluations.finish()
+        return summary
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -63,6 +70,9 @@ def absolute(config: RunConfig) -> RunConfig:
     group_dro = data["weighting"]["group_dro"]
     if group_dro["reference"]:
         group_dro["reference"] = str(Path(group_dro["reference"]).expanduser().absolute())
+    data["evaluation"]["tasks"] = [
+        str(Path(name).expanduser().absolute()) if is_path(name) else name for name in config.evaluation.tasks
+    ]
     for section in ("more_targets", "held_out"):
         folders = data["data"][section]
         data["data"][section] = {k: str(Path(v).expanduser().absolute()) for k, v in folders.items()}

@@ -108,6 +108,17 @@ def plan(
     )
 
 
+def as_configured(config: RunConfig, name: str) -> Estimate:
+    """A run on one GPU for each worker as it is configured, whether it fits or not; with a published MFU.
+
+    Raises:
+        ConfigError: the GPU or the preset is not known.
+    """
+    wanted, bf16 = job(config), config.train.precision == "bf16"
+    mfu, _ = default_mfu(name.lower(), wanted.llama, config.parallel.compile, bf16)
+    return estimate(wanted, Speed(gpu=gpu(name), bf16=bf16, mfu=mfu))
+
+
 def _notes(wanted: Job, refused: str) -> list[str]:
     """What is easily overlooked of this run on these GPUs."""
     found, cluster, compiled = [], wanted.config.cluster, wanted.config.parallel.compile

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from ray_dwm.logs import say
+
 _TELL_S = 10.0
 
 
@@ -20,7 +22,7 @@ class Told:
         self._began = self._last = time.monotonic()
         before = f", {done} are there from before" if done else ""
         if total > 1:
-            print(f"{name}: {total} {unit}{before}", flush=True)  # the first one may take minutes
+            say(f"{name}: {total} {unit}{before}")  # the first one may take minutes
 
     def one(self) -> None:
         """One more is done."""
@@ -32,4 +34,4 @@ class Told:
         passed = now - self._began
         left = int(passed / (self._done - self._start) * (self._total - self._done))
         end = f"{left // 60}:{left % 60:02d} left" if self._done < self._total else f"{passed:.0f} s"
-        print(f"{self._name}: {self._done} of {self._total} {self._unit}, {end}", flush=True)
+        say(f"{self._name}: {self._done} of {self._total} {self._unit}, {end}")

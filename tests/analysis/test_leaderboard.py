@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-import yaml
-from synthetic_runs import STEPS, TOKENS, fill
+from synthetic_experiment import UNIFORM, finish, read, write_cell
+from synthetic_runs import STEPS, TOKENS
 from test_report import outline
 
 from ray_dwm.analysis.comparison import compare
-from ray_dwm.analysis.grid import EXPERIMENT, Grid, read_grid, record_path
+from ray_dwm.analysis.grid import read_grid, record_path
 from ray_dwm.analysis.leaderboard import build_board
 from ray_dwm.analysis.publish import write_leaderboard
-from ray_dwm.config import to_dict
 from ray_dwm.errors import UserError
-from ray_dwm.experimenting import Cell, ExperimentConfig, load_experiment, run_config
-
-TEXT = """
-name: x
-config: {base}
-baseline: uniform
-measure: test
-repeat: dwm
-methods:
-  uniform: {{set: {{weighting.method: uniform}}}}
-  dwm: {{label: DWM | learnt, against: [loss]}}
-  loss: {{set: {{weighting.method: loss}}}}
-"""
-UNIFORM = {0: 3.0, 1: 3.1, 2: 3.2}
-
-
-@pytest.fixture
-def experiment(shards: dict[str, Path], tmp_path: Path) -> ExperimentConfig:
-    """An experiment of which nothing has been run."""
-    base = tmp_path / "base.yaml"
-    data = {"train": shards["train"], "target": shards["target"], "held_out": {"test": shards["held_out"]}}
-    settings = {"steps": STEPS, "global_batch": 8, "warmup_steps": 2, "eval_every": 1}
-    content = {"data": data, "lm": {"preset": "tiny"}, "train": settings, "bilevel": {"warmup_steps": 2}}
-    base.write_text(yaml.safe_dump(json.loads(json.dumps(content, default=str))))
-    file = tmp_path / "x.yaml"
-    file.write_text(TEXT.format(base=base))
-    found = load_experiment(file, [f"storage={tmp_path / 'runs'}"])
-    found.folder.mkdir(parents=True)
-    (found.folder / EXPERIMENT).write_text(yaml.safe_dump(to_dict(found), sort_keys=False))
-    return found
-
-
-def finish(experiment: ExperimentConfig, method: str, finals: dict[int, float], **record: object) -> None:
-    """Cells whose held-out loss falls in a straight line from 4.1 to `final` + 0.1."""
-    for seed, final in finals.items():
-        write_cell(experiment, Cell("tiny", method, seed), final, **record)
-
-
-def write_cell(experiment: ExperimentConfig, cell: Cell, final: float, **record: object) -> Path:
-    place = experiment.folder / cell.path
-    path = record_path(experiment.folder, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"state": "done", "devices": ["d"], "at_once": 1, **record}))
-    config = dataclasses.replace(run_config(experiment, cell, {}), name=place.name, storage=str(place.parent))
-    return fill(config, final)
-
-
-def read(experiment: ExperimentConfig) -> Grid:
-    return read_grid(experiment.folder)
+from ray_dwm.experimenting import Cell, ExperimentConfig
 
 
 def test_differences_and_shares_by_hand(experiment: ExperimentConfig) -> None:
@@ -224,7 +174,26 @@ def test_files_say_the_same_and_hold_every_cell(experiment: ExperimentConfig) ->
     page = outline(experiment.folder / "leaderboard.html")
     assert page.fetched == [] and {"Verdict", "Leaderboard", "Experiment x"} <= set(page.headings)
     html = (experiment.folder / "leaderboard.html").read_text()
-    assert html.count("<svg") == 4 and "DWM | learnt" in html
+    # Two sets by two axes, the domains of the only weighted method, and where the time went.
+    assert html.count("<svg") == 6 and "DWM | learnt" in html
+    assert {"Warnings", "What was preferred, and when", "Fidelity and overhead", "Data card"} <= set(page.headings)
+
+
+def test_an_overfitted_target_is_a_warning_in_all_files(experiment: ExperimentConfig) -> None:
+    finish(experiment, "uniform", UNIFORM)
+    for seed, final in {0: 2.5, 1: 2.58, 2: 2.72}.items():
+        folder = write_cell(experiment, Cell("tiny", "dwm", seed), final)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["final"]["val/test/loss"] = UNIFORM[seed] + 0.1 + 0.01 * seed
+        (folder / "summary.json").write_text(json.dumps(summary))
+    write_leaderboard(experiment.folder)
+    said = "against the baseline the target loss is 0.5000 nats per token lower, that on test 0.1100 higher"
+    content = json.loads((experiment.folder / "leaderboard.json").read_text())
+    assert [(one["of"], one["title"], one["found"]) for one in content["warnings"]] == [
+        ("DWM | learnt", "Target overfitted", said)
+    ]
+    assert f"- DWM | learnt: Target overfitted. {said}" in (experiment.folder / "leaderboard.md").read_text()
+    assert said[1:] in (experiment.folder / "leaderboard.html").read_text()
 
 
 def test_one_seed_is_said_to_be_one_seed(experiment: ExperimentConfig) -> None:

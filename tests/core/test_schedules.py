@@ -33,7 +33,9 @@ def follow(schedule: BilevelSchedule, steps: int = 60) -> list[int]:
     made_at: list[int] = []
     for step in range(steps):
         assert schedule.updates_before(step) == len(made_at)
-        assert schedule.version(step) == sum(1 for s in made_at if step >= s + 1 + schedule.delay_steps)
+        version = schedule.version(step)
+        assert version == sum(1 for s in made_at if step >= s + 1 + schedule.delay_steps)
+        assert schedule.staleness(step) == step - (made_at[version - 1] if version else 0)
         if schedule.is_bilevel(step):
             made_at.append(step)
     return made_at
@@ -59,6 +61,8 @@ def test_n_may_change_after_a_bilevel_step(last: int, every: int, expected: list
 def test_stages(stages: int, updates: int, expected: list[int]) -> None:
     common = {"stages": stages, "updates": updates, "total_steps": 60, "warmup_steps": 4, "delay_steps": 1}
     assert follow(Staged(**common)) == expected
+    starts = expected[::updates]
+    assert [Staged(**common).stage(step) for step in (0, *starts, 59)] == [0, *range(1, stages + 1), stages]
     held = Staged(**common, hold=True)
     assert [step for step in range(60) if held.holds(step)] == expected
     assert not any(Staged(**common).holds(step) for step in range(60))

@@ -12,7 +12,7 @@ from synthetic import make_shards, tiny_config
 
 from ray_dwm.config import load, to_yaml
 from ray_dwm.engine.rundir import check, claim, raise_failure, record_failure
-from ray_dwm.errors import ConfigError, DataError, TrainingError, UserError
+from ray_dwm.errors import ConfigError, DataError, NotFinite, TrainingError, UserError
 
 HOLD = """
 import sys
@@ -60,10 +60,11 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone(shards: dict[str, 
 def test_the_first_failure_is_the_one_that_is_told(shards: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_config(shards, tmp_path)
     with claim(config):
-        record_failure(config, TrainingError("first"))
+        record_failure(config, NotFinite("first"), where="rank 1")
         record_failure(config, TrainingError("second"))
-        with pytest.raises(TrainingError, match="first"):
+        with pytest.raises(TrainingError, match=r"^first \(rank 1\)$") as raised:
             raise_failure(config)
+        assert raised.value.kind == "not_finite"
     with claim(config):  # a new attempt starts without it
         raise_failure(config)
 

@@ -154,10 +154,37 @@ def test_a_trajectory_holds_what_weighed_the_step_of_each_point(
 
 def test_learning_goes_on_from_a_given_dwm(shards: dict[str, Path], tmp_path: Path, taught: RunConfig) -> None:
     folder = sorted((taught.run_dir / "dwm").glob("v*"))[-1]
-    config = tiny_config(shards, tmp_path, f"dwm.init_from={folder}", "bilevel.every=1", "checkpoint.every=6")
+    given = ["dwm.mode=adapt", f"dwm.init_from={folder}"]
+    config = tiny_config(shards, tmp_path, *given, "bilevel.every=1", "checkpoint.every=6")
     found = run(1, tmp_path / "p", fitted, config)
     torch.testing.assert_close(applied(config)[0], expected_weights(config, folder, 0), rtol=1e-4, atol=1e-4)
     assert found["lines"][-1]["dwm/version"] > 0
+    adapted = json.loads((sorted((config.run_dir / "dwm").glob("v*"))[-1] / "config.json").read_text())
+    assert adapted["learnt_on"] == {"lm": "tiny", "step": adapted["learnt_on"]["step"], "run": "run", "steps": 6}
+    before = json.loads((folder / "config.json").read_text())
+    assert adapted["started_from"] == {
+        "version": before["version"],
+        "learnt_on": before["learnt_on"],
+        "started_from": None,
+    }
+    assert before["learnt_on"]["run"] == "taught"
+
+
+def test_the_replays_overhead_is_the_forward_alone(shards: dict[str, Path], tmp_path: Path, taught: RunConfig) -> None:
+    given = ["dwm.mode=replay", f"dwm.trajectory={taught.run_dir / 'dwm'}"]
+    lines = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *given))["lines"][1:]
+    assert [line["seconds/bilevel"] for line in lines] == [0] * 6
+    assert min(line["seconds/weigh"] for line in lines) > 0
+
+
+def test_a_dwm_of_other_features_is_refused(shards: dict[str, Path], tmp_path: Path, taught: RunConfig) -> None:
+    folder = tmp_path / "dwm"
+    shutil.copytree(sorted((taught.run_dir / "dwm").glob("v*"))[-1], folder)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["features"] == ["token_ids"]
+    (folder / "config.json").write_text(json.dumps({**content, "features": ["token_ids", "grammar"]}))
+    with pytest.raises(DataError, match=r"looks at \['token_ids', 'grammar'\], this version"):
+        check_data(tiny_config(shards, tmp_path, "dwm.mode=frozen", f"dwm.init_from={folder}"))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from ray_dwm.config import load
-from ray_dwm.experimenting import grid, load_experiment
-from ray_dwm.orchestration.cells import configure
 from ray_dwm.orchestration.cluster import needed, worker_bundle
+from ray_dwm.tuning import load_tune, scale_config
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
@@ -84,11 +83,11 @@ def asked(entrypoint: str) -> Asked:
     """Parse an entrypoint as the console does."""
     python, script, *words = shlex.split(entrypoint)
     assert python == "python"
-    if script == "jobs/experiment.py":
-        file, option, parallel, *overrides = words
-        assert option == "--parallel"
-        experiment = load_experiment(ROOT / file, overrides)
-        runs, times = [configure(experiment, cell) for cell in grid(experiment)], int(parallel)
+    if script == "jobs/tune.py":
+        option, file, *overrides = words
+        assert option == "--config"
+        sweep = load_tune(ROOT / file, overrides)
+        runs, times = [scale_config(sweep, scale) for scale in sweep.scales], sweep.concurrent
     else:
         assert script == "jobs/train.py"
         files = [ROOT / words[place + 1] for place, word in enumerate(words) if word == "--config"]

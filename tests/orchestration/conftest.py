@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,8 +35,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     port, dashboard, folder = _free_port(), _free_port(), tmp_path_factory.mktemp("ray", numbered=True)
     command = [str(RAY), "start", "--head", f"--port={port}", "--num-cpus=8", "--num-gpus=0", "--disable-usage-stats"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={_free_port()}", "--block"]
-    client = _free_port()
+    client, metrics = _free_port(), _free_port()
     command += ["--object-store-memory=300000000", f"--ray-client-server-port={client}"]
+    command += [f"--metrics-export-port={metrics}"]
     environment = {
         **os.environ,
         "PATH": f"{RAY.parent}:{os.environ['PATH']}",
@@ -41,6 +45,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "CLIENT_ADDRESS": f"ray://127.0.0.1:{client}",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon it sees that workers have ended, or died
+        "RAY_metrics_report_interval_ms": "1000",  # not 10 s: a test's run is over by then
+        "METRICS_URL": f"http://127.0.0.1:{metrics}/metrics",
         "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "180",  # a client's server starts, on a machine that may be slow
         "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "180",
     }
@@ -66,6 +72,37 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {PATIENCE_S:g} s"
         time.sleep(0.05)
+
+
+class Scraper:
+    """A context in which the head's metrics are read all the time, as Prometheus would."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._url, self._ended = environment["METRICS_URL"], threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self.samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+        """Name -> labels -> the last value that was seen."""
+
+    def __enter__(self) -> Scraper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def of(self, name: str, run: str) -> list[dict[str, str]]:
+        """The labels of a run's series of this name."""
+        found = (dict(labels) for labels in self.samples.get(name, {}))
+        return [labels for labels in found if labels.get("ray_train_run_name") == run]
+
+    def _read(self) -> None:
+        while not self._ended.wait(0.5):
+            with suppress(OSError), urllib.request.urlopen(self._url, timeout=5) as answer:
+                for line in answer.read().decode().splitlines():
+                    if match := re.fullmatch(r"(ray_\w+)(?:\{(.*)\})? (\S+)", line):
+                        labels = tuple(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+                        self.samples.setdefault(match[1], {})[labels] = float(match[3])
 
 
 def _is_gcs(argument: str, port: str) -> bool:

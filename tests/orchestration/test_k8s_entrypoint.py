@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from manifests import ROOT, Manifest, containers, documents
-from orchestration.conftest import RAY, wait_for
+from orchestration.conftest import PATIENCE_S, RAY, wait_for
 from ray.cluster_utils import Cluster
 
 from ray_dwm.data.records import read_metrics
@@ -65,10 +65,10 @@ def test_the_entrypoint_trains_on_the_pods(
         submitter = subprocess.Popen([*command, *SMALLER.split()], stdout=log, stderr=subprocess.STDOUT)
     run = tmp_path / "shared/runs/quickstart"
     try:
-        wait_for(lambda: (run / "metrics.jsonl").exists() or submitter.poll() is not None, 150, "the first step")
+        wait_for(lambda: (run / "metrics.jsonl").exists() or submitter.poll() is not None, "the first step")
         # What a pod's preStop hook looks for, among processes of this run.
         drivers = [Path(f"/proc/{pid}/cmdline").read_text() for pid in leaving.drivers(leaving.PROCESSES)]
-        assert submitter.wait(90) == 0, (tmp_path / "log").read_text()
+        assert submitter.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()
     finally:
         submitter.kill()
     assert len([command for command in drivers if str(tmp_path) in command]) == 1

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from orchestration.conftest import wait_for
+from orchestration.conftest import PATIENCE_S, wait_for
 from ray.scripts.scripts import drain_node
 
 from ray_dwm.orchestration import leaving
@@ -64,13 +64,13 @@ def children(pid: int) -> list[int]:
 def test_drivers_are_told_once_and_waited_for(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = pod.start(sys.executable, "-c", PARENT, job=True)
     other = pod.start(sys.executable, "-c", SLEEP)
-    wait_for(lambda: children(driver.pid), 30, "the driver's child")
+    wait_for(lambda: children(driver.pid), "the driver's child")
     pod.add(children(driver.pid)[0])
-    wait_for(lambda: leaving.drivers(pod.proc), 30, "the driver")
+    wait_for(lambda: leaving.drivers(pod.proc), "the driver")
     assert leaving.drivers(pod.proc) == [driver.pid]  # not its child, which it tells itself
     [child] = children(driver.pid)
     assert not leaving.leave_head(0.0, pod.proc)  # the child is left, now without a parent among them
-    assert driver.wait(30) == -signal.SIGTERM
+    assert driver.wait(PATIENCE_S) == -signal.SIGTERM
     assert leaving.drivers(pod.proc) == [child]
     monkeypatch.setattr(leaving, "_TOLD_S", 1.0)
     began = time.monotonic()
@@ -99,7 +99,7 @@ def test_a_node_is_drained_only_where_workers_train(pod: Pod, monkeypatch: pytes
     assert leaving.leave_worker(30, pod.proc) and not drained.exists()
     worker = pod.start("ray::RayTrainWorker.run_train_fn", "60", executable="/bin/sleep")
     pod.start("ray::IDLE", "60", executable="/bin/sleep")
-    wait_for(lambda: leaving.workers(pod.proc), 30, "the worker")
+    wait_for(lambda: leaving.workers(pod.proc), "the worker")
     assert leaving.workers(pod.proc) == [worker.pid]
     assert not leaving.leave_worker(0.2, pod.proc) and drained.read_text() == "0.2\n"
     worker.kill()
@@ -109,7 +109,7 @@ def test_a_node_is_drained_only_where_workers_train(pod: Pod, monkeypatch: pytes
 
 def test_an_unreachable_head_does_not_hold_the_pod(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
     pod.start("ray::RayTrainWorker.run_train_fn", "60", executable="/bin/sleep")
-    wait_for(lambda: leaving.workers(pod.proc), 30, "the worker")
+    wait_for(lambda: leaving.workers(pod.proc), "the worker")
     monkeypatch.setattr(leaving, "drain_command", lambda seconds: ["sleep", "60"])
     began = time.monotonic()
     assert not leaving.leave_worker(0.5, pod.proc)

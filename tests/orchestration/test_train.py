@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import PATIENCE_S, ROOT, Console, wait_for
+from orchestration.conftest import PATIENCE_S, ROOT, Console, Scraper, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
 from ray_dwm.models.hf import load_dwm
+from ray_dwm.orchestration.series import RANK, RAY_SERIES, SERIES
 from ray_dwm.orchestration.submit import Request, submit
 
 TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "checkpoint_seconds", "tokens_per_s", "tflops")
@@ -46,13 +48,41 @@ def figures(config: RunConfig) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: dict[str, str], shards: dict[str, Path], tmp_path_factory: Any) -> RunConfig:
-    """A finished run of two FSDP workers and a DWM actor, with W&B offline."""
+def scraped(cluster: dict[str, str], shards: dict[str, Path], tmp_path_factory: Any) -> tuple[RunConfig, Scraper]:
+    """A finished run of two FSDP workers and a DWM actor, with W&B offline; and its metrics."""
     folder = tmp_path_factory.mktemp("undisturbed")
     console = Console(cluster, folder)
     config = tiny_config(shards, folder, *OPTIONS, "name=undisturbed", "tracking.wandb=offline")
-    console.finish(config, console.start(config))
-    return config
+    with Scraper(cluster) as scraper:
+        console.finish(config, console.start(config))
+    return config, scraper
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scraped: tuple[RunConfig, Scraper]) -> RunConfig:
+    """The run alone."""
+    return scraped[0]
+
+
+def test_every_series_of_the_table_is_served(scraped: tuple[RunConfig, Scraper]) -> None:
+    config, scraper = scraped
+    missing = [s.exported for s in SERIES if not s.only and not scraper.of(s.exported, config.name)]
+    assert not missing, f"of {sorted(scraper.samples)}"
+    for series in SERIES:
+        for labels in scraper.of(series.exported, config.name):
+            assert labels.keys() >= set(series.all_tags), series.name
+    assert {labels["set"] for labels in scraper.of("ray_lm_eval_loss", config.name)} == {"target", "test"}
+    assert {labels[RANK] for labels in scraper.of("ray_lm_worker_memory_bytes", config.name)} == {"0", "1"}
+    assert scraper.samples.keys() >= RAY_SERIES
+
+
+def test_what_is_served_is_what_is_written_down(scraped: tuple[RunConfig, Scraper]) -> None:
+    config, scraper = scraped
+    lines = {line["step"]: line for line in read_metrics(config.run_dir / "metrics.jsonl")}
+    (step,) = scraper.samples["ray_lm_step"].values()
+    (loss,) = scraper.samples["ray_lm_loss"].values()
+    # The exporter may look between two gauges of a line.
+    assert loss in {lines[s]["loss"] for s in (step - 1, step, step + 1) if "loss" in lines.get(s, {})}
 
 
 def test_run_folder_holds_what_users_rely_on(undisturbed: RunConfig) -> None:
@@ -105,12 +135,33 @@ def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
         "checkpoint.every=1",
     )
     config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=diverges")
-    last = console.finish(config, console.start(config), code=1).splitlines()[-1]
+    with Scraper(console.environment) as scraper:
+        last = console.finish(config, console.start(config), code=1).splitlines()[-1]
     assert last.startswith("error: the gradient is not finite at step")
     assert "lower train.lr" in last
+    assert re.search(r"\(rank \d on \S+ \([\d.]+\), after step \d+, holding [\d.]+ GiB", last)
+    assert [labels["kind"] for labels in scraper.of("ray_lm_failures_total", "diverges")] == ["not_finite"]
     steps = [line["step"] for line in figures(config)]
     assert f"step_{steps[-1]:09d}" in [path.name for path in (config.run_dir / "checkpoints").iterdir()]
     assert not (config.run_dir / "summary.json").exists()
+
+
+def test_a_killed_worker_is_named_last_with_what_is_known_of_it(
+    shards: dict[str, Path], console: Console, tmp_path: Path
+) -> None:
+    options = ("cluster.max_failures=0", "train.steps=10000", "weighting.method=uniform", "tracking.logs=json")
+    config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=no-second-chance")
+    process = console.start(config)
+    path = config.run_dir / "metrics.jsonl"
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 5, "step 5")
+    beat = json.loads((config.run_dir / "workers" / "rank-00001.json").read_text())
+    os.kill(beat["pid"], signal.SIGKILL)
+    *events, last = console.finish(config, process, code=1).splitlines()
+    assert last.startswith("error: [no-second-chance] gave up after 0 restarts: rank 1 on ")
+    assert beat["node"] in last and "GiB of memory" in last and "look at dmesg" in last and "same command" in last
+    failure = next(event for event in map(json.loads, events) if event["message"] == "the run has failed")
+    assert (failure["run"], failure["attempt"], failure["rank"], failure["pid"]) == (config.name, 1, 1, beat["pid"])
+    assert failure["step"] >= 5 and failure["memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(("victim", "title"), [("worker", "ray::RayTrainWorker"), ("actor", "ray::DwmService")])
@@ -222,6 +273,9 @@ def test_job_succeeds_and_shows_progress(cluster: dict[str, str], shards: dict[s
     done = ray_job_submit(cluster, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 10/10" in done.stdout
+    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert all(event.keys() >= {"time", "level", "message", "run", "attempt", "rank", "step"} for event in events)
+    assert next(event for event in events if event["message"].startswith("step 10/10"))["run"] == "job"
     assert "succeeded" in done.stdout
     assert (tmp_path / "job" / "summary.json").is_file()
 

@@ -1,0 +1,244 @@
+"""Whether what an LM is judged by was there to be learnt by heart: n-grams of words that two sets share.
+
+An item (of a task; a row of a target set) overlaps with a set of shards where any run of 13 words of it is in them, in
+whatever case and punctuation: the rule of Brown et al. 2020 (arXiv 2005.14165, appendix C), and the strict one, for
+most of what it marks is a quotation and not the item. All rows are looked at. Rows that were packed one after the other
+are read as one text, up to the borders of the blocks that are read at a time.
+
+Legend: n = words of an n-gram; w = words of a text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
+from ray_dwm.data.records import digest
+from ray_dwm.data.shards import ShardReader
+from ray_dwm.data.tokenization import FOLDER, Tokenizer
+from ray_dwm.errors import DataError
+
+WORDS = 13
+_BLOCK_ROWS = 2048
+_WORD = re.compile(r"\w+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlap:
+    """How much of one set is in another."""
+
+    what: str
+    against: str
+    items: int
+    judged: int
+    """Items with as many words as an n-gram; the others are too short to tell."""
+    overlapping: int
+    words: int
+    """n."""
+    of: str
+    """Digest of both sets: where it is the same, so is the rest."""
+
+    @property
+    def share(self) -> float:
+        """Of the judged items."""
+        return self.overlapping / self.judged if self.judged else 0.0
+
+    def __str__(self) -> str:
+        short = f", {self.items - self.judged} are too short to tell" if self.judged < self.items else ""
+        return (
+            f"{self.overlapping} of {self.judged} items of {self.what} ({self.share:.2%}) share {self.words} words in "
+            f"a row with {self.against}{short}"
+        )
+
+
+class _Numbers(dict[str, int]):
+    """A number from 1 on for each word, in the order in which they come."""
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self) + 1
+        return number
+
+
+class Index:
+    """The n-grams of some sets of items, to be looked up in texts."""
+
+    def __init__(self, sets: Mapping[str, Sequence[str]], words: int = WORDS) -> None:
+        self._n, self._numbers = words, _Numbers()
+        self.items = {name: len(texts) for name, texts in sets.items()}
+        hashes, owners = [], []
+        self._names, self._starts = list(sets), np.cumsum([0, *self.items.values()])
+        for place, text in enumerate(text for texts in sets.values() for text in texts):
+            found = _hashes(np.array([self._numbers[word] for word in _split(text)], dtype=np.uint64), words)
+            hashes.append(found)
+            owners.append(np.full(len(found), place))
+        all_hashes = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+        order = np.argsort(all_hashes, kind="stable")
+        self._hashes = all_hashes[order]
+        self._owners = np.concatenate(owners)[order] if owners else np.empty(0, np.int64)
+
+    @property
+    def judged(self) -> dict[str, int]:
+        """Name of each set -> items that have an n-gram."""
+        return self._by_set(np.unique(self._owners))
+
+    def overlapping(self, blocks: Iterable[Sequence[str]]) -> dict[str, int]:
+        """Name of each set -> items of which an n-gram is in some text.
+
+        Args:
+            blocks: texts, as many at a time as memory should hold.
+        """
+        unique, first = np.unique(self._hashes, return_index=True)
+        last, hit = np.append(first[1:], len(self._hashes)), np.zeros(len(self._hashes), dtype=bool)
+        for texts in blocks:
+            for place in np.flatnonzero(np.isin(unique, _hashes(self._looked_up(texts), self._n))):
+                hit[first[place] : last[place]] = True
+        return self._by_set(np.unique(self._owners[hit]))
+
+    def _looked_up(self, texts: Sequence[str]) -> NDArray[np.uint64]:
+        """The numbers of all words, 0 for those that are in no item, and 0 between two texts."""
+        get = self._numbers.get
+        numbers: list[int] = []
+        for text in texts:
+            numbers.extend(get(word, 0) for word in _split(text))
+            numbers.append(0)
+        return np.array(numbers, dtype=np.uint64)
+
+    def _by_set(self, places: NDArray[np.int64]) -> dict[str, int]:
+        counts, _ = np.histogram(places, bins=[*self._starts]) if len(places) else (np.zeros(len(self._names), int), 0)
+        return {name: int(count) for name, count in zip(self._names, counts, strict=True)}
+
+
+def _split(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _hashes(numbers_w: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
+    """A 64-bit hash of every run of n words that are all known, in order."""
+    if len(numbers_w) < n:
+        return np.empty(0, np.uint64)
+    starts = np.flatnonzero(np.convolve(numbers_w > 0, np.ones(n, dtype=np.int64), mode="valid") == n)
+    total = np.zeros(len(starts), dtype=np.uint64)
+    for k in range(n):
+        total = (total * _FACTOR) ^ _mixed(numbers_w[starts + k])
+    return total
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Numbers spread over 64 bits, by the last steps of splitmix64 (Steele et al. 2014)."""
+    z = numbers * _FACTOR
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def blocks_of(manifest: Manifest) -> Iterator[list[str]]:
+    """The texts of a folder of shards, rows that follow each other in one; block by block."""
+    reader, tokenizer = ShardReader(manifest), _tokenizer(manifest)
+    for start in range(0, manifest.rows, _BLOCK_ROWS):
+        rows = reader.take(np.arange(start, min(start + _BLOCK_ROWS, manifest.rows)))
+        follows = (np.diff(rows.sample_ids) == 1) & (np.diff(rows.domains) == 0)
+        texts = tokenizer.decode_all(rows.input_ids)
+        cuts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(texts)]
+        yield ["".join(texts[first:last]) for first, last in pairwise(cuts)]
+
+
+def row_texts(manifest: Manifest) -> list[str]:
+    """The text of each row of a folder of shards."""
+    reader = ShardReader(manifest)
+    return _tokenizer(manifest).decode_all(reader.take(np.arange(manifest.rows)).input_ids)
+
+
+def _tokenizer(manifest: Manifest) -> Tokenizer:
+    folder = manifest.folder / FOLDER
+    if not folder.is_dir():
+        raise DataError(
+            f"{manifest.folder} has no tokenizer beside its shards, and so no words that tasks could be compared with: "
+            "prepare it anew, or evaluate with --no-guard"
+        )
+    return Tokenizer(folder)
+
+
+def overlaps(
+    sets: Mapping[str, Sequence[str]], against: Mapping[str, Manifest], known: Iterable[Mapping[str, Any]] = ()
+) -> list[Overlap]:
+    """How much of each set of items is in each set of shards.
+
+    Args:
+        known: earlier findings, as plain values; shards are only read for what is not among them.
+
+    Raises:
+        DataError: the shards have no tokenizer, or are damaged.
+    """
+    kept = {entry["of"]: Overlap(**entry) for entry in known}
+    found: list[Overlap] = []
+    for place, manifest in against.items():
+        shards = file_sha256(manifest.folder / MANIFEST)
+        of = {name: digest([WORDS, name, list(texts), place, shards]) for name, texts in sets.items()}
+        new = {name: texts for name, texts in sets.items() if of[name] not in kept}
+        if new:
+            index = Index(new)
+            hits, judged = index.overlapping(blocks_of(manifest)), index.judged
+            for name, texts in new.items():
+                kept[of[name]] = Overlap(
+                    what=name,
+                    against=place,
+                    items=len(texts),
+                    judged=judged[name],
+                    overlapping=hits[name],
+                    words=WORDS,
+                    of=of[name],
+                )
+        found += [kept[of[name]] for name in sets]
+    return found
+
+
+def guard(
+    tasks: Mapping[str, Sequence[str]],
+    train: str,
+    targets: Mapping[str, str],
+    known: Iterable[Mapping[str, Any]] = (),
+) -> list[Overlap]:
+    """Tasks against the training set and the target sets, and the target sets against the training set.
+
+    Args:
+        tasks: name -> texts of the items.
+        train: folder of shards; empty: not known.
+        targets: name -> folder of shards.
+        known: see `overlaps`.
+    """
+    sets = {_named(name): load_manifest(folder) for name, folder in targets.items()}
+    told, found = list(known), []
+    if train:
+        rows = {name: row_texts(of) for name, of in sets.items()}
+        found = overlaps({**tasks, **rows}, {"the training set": load_manifest(train)}, told)
+    return found + overlaps(tasks, sets, told)
+
+
+def _named(target: str) -> str:
+    return "the target set" if target == "target" else f"target set {target}"
+
+
+def refuse(found: Sequence[Overlap], most: float, key: str) -> None:
+    """Refuse tasks and target sets that were there to be learnt by heart.
+
+    Args:
+        most: share of the items that may overlap.
+        key: the option or configuration key that says so.
+
+    Raises:
+        DataError: naming the worst.
+    """
+    worst = max(found, key=lambda overlap: overlap.share, default=None)
+    if worst is not None and worst.share > most:
+        raise DataError(
+            f"{worst}, more than {key} = {most:g} allows: take them out of one of the two, or raise it to know the "
+            "scores all the same"
+        )
