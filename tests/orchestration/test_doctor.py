@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from orchestration.conftest import PATIENCE_S, ROOT, Console
-from ray.exceptions import AuthenticationError
 from synthetic import tiny_config
 from typer.testing import CliRunner
 
@@ -175,34 +174,6 @@ def test_an_address_at_which_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> 
     for address in ("127.0.0.1:9", "auto"):
         with pytest.raises(ResourceError, match=rf"no Ray cluster answers at {address} \(.*refused\): start one"):
             doctor._probe_cluster(address)
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n    Python: 3.9\n"),
-            r"somewhere runs other versions \(.*Ray: 2.1 Python: 3.9\): install",
-        ),
-        (
-            ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379"),
-            "somewhere answers, but does not let Ray in: where the cluster wants a token set RAY_AUTH_MODE=token",
-        ),
-        (
-            AuthenticationError("Token authentication is enabled but no token was found\nmore"),
-            r"somewhere wants its token \(Token .* found\): set RAY_AUTH_MODE=token",
-        ),
-    ],
-)
-def test_a_cluster_that_takes_nobody(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
-    def refuse(**arguments: object) -> None:
-        raise error
-
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", refuse)
-    with pytest.raises(ResourceError, match=message):
-        cluster.connect(load([], []))
 
 
 def test_a_run_name_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
