@@ -174,6 +174,7 @@ def _search(plan: Checked, study: optuna.Study, before: Sequence[Trial]) -> None
         base=to_dict(base),
         trials=config.folder / TRIALS,
         measure=config.measure,
+        early=config.asha.grace_tokens > 0,
         tracked=STATE_TRACKING in os.environ,
     )
     scheduler = None

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,12 @@ from typer.testing import CliRunner
 
 from ray_dwm.analysis.tuning import Trial
 from ray_dwm.cli import app
-from ray_dwm.config import load
+from ray_dwm.config import RunConfig, load, to_dict
 from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import read_summary
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.experimenting import grid
+from ray_dwm.orchestration import trial
 from ray_dwm.orchestration.experiment import experiment
 from ray_dwm.orchestration.promotion import config_of, dwms_of, promoted, rows_of
 from ray_dwm.orchestration.study import TRIALS, url_of
@@ -205,14 +207,14 @@ def test_progress_is_a_line_for_each_beginning_and_end(capsys: pytest.CaptureFix
     progress = pickle.loads(pickle.dumps(Progress("x", ["dwm.lr", "bilevel.every"], 3, before)))  # as Tune keeps it
     progress.setup()
     config = {"bilevel.every": 3, "dwm.lr": 0.0123456, "folder": "0002", "control": ""}
-    trial = SimpleNamespace(config=config, last_result=None)
-    progress.on_trial_start(0, [], trial)
-    trial.last_result = {"loss": 3.5, "overhead": 0.25}
-    progress.on_trial_result(0, [], trial, trial.last_result)
-    progress.on_trial_complete(0, [], trial)
-    trial.last_result = {**trial.last_result, "loss": 3.25, "complete": 1}
-    progress.on_trial_complete(0, [], trial)
-    progress.on_trial_error(0, [], trial)
+    told = SimpleNamespace(config=config, last_result=None)
+    progress.on_trial_start(0, [], told)
+    told.last_result = {"loss": 3.5, "overhead": 0.25}
+    progress.on_trial_result(0, [], told, told.last_result)
+    progress.on_trial_complete(0, [], told)
+    told.last_result = {**told.last_result, "loss": 3.25, "complete": 1}
+    progress.on_trial_complete(0, [], told)
+    progress.on_trial_error(0, [], told)
     assert capsys.readouterr().out.splitlines() == [
         "[x] 1 of 3 ended  0002  lr 0.01235  every 3  begun",
         "[x] 2 of 3 ended  0002  lr 0.01235  every 3  loss 3.5000  overhead 25.0%  ended early",
@@ -253,8 +255,8 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
     assert f"4 trials, {len(ended)} have ended" in second.stdout
     assert {path: path.read_bytes() for path in kept} == kept
     after = optuna.load_study(study_name="x", storage=url_of(config)).trials
-    for trial in ended:
-        assert (after[trial.number].values, after[trial.number].params) == (trial.values, trial.params)
+    for one in ended:
+        assert (after[one.number].values, after[one.number].params) == (one.values, one.params)
     report = read_json(config.folder / "report.json")
     assert [trial["state"] for trial in report["trials"]] == ["done"] * 4, report["trials"]
     assert {"defaults", "uniform"} < {trial["id"] for trial in report["trials"]}
@@ -265,3 +267,27 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
     assert report["recommended"]["loss"] == min(losses.values())
     assert load([config.folder / "recommended.yaml"]).name == "x-recommended"
     assert list((config.folder / "tune").glob("*/events.out.tfevents.*"))  # what TensorBoard shows
+
+
+@pytest.mark.parametrize(("control", "early", "told"), [("uniform", True, 1), ("uniform", False, 2), ("", True, 2)])
+def test_controls_are_not_ended_early(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: str, early: bool, told: int
+) -> None:
+    """Tune can end a trial only when it hears of it before its end."""
+    heard: list[dict[str, float]] = []
+
+    def train(config: RunConfig) -> dict[str, Any]:
+        config.run_dir.mkdir(parents=True)
+        line = {"step": 3, "tokens": 30, "val/target/loss": 4.0}
+        (config.run_dir / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+        time.sleep(0.2)
+        return {"tokens": 60, "final": {"val/target/loss": 3.0}, "overhead_frac": 0.1}
+
+    monkeypatch.setattr(trial, "train", train)
+    monkeypatch.setattr(trial, "_POLL_S", 0.02)
+    monkeypatch.setattr(trial.tune, "report", heard.append)
+    base = to_dict(scale_config(sweep(shards, tmp_path), "small"))
+    given = {"folder": "t", "control": control}
+    trial.run_trial(given, base=base, trials=tmp_path / "t", measure="target", early=early, tracked=False)
+    assert [one["loss"] for one in heard] == [4.0, 3.0][-told:]
+    assert "complete" in heard[-1] and all("complete" not in one for one in heard[:-1])
