@@ -89,7 +89,13 @@ def test_events_for_collectors_are_printed_for_people(capsys: pytest.CaptureFixt
         {"level": "warning", "message": "low", "run": None},
         {"level": "error", "message": "too small", "run": "a"},
     ]
-    others = ["{not JSON", '{"level": 1}', '{"level": "info", "message": 1}', '{"level": [], "message": "x"}', "the rest"]
+    others = [
+        "{not JSON",
+        '{"level": 1}',
+        '{"level": "info", "message": 1}',
+        '{"level": [], "message": "x"}',
+        "the rest",
+    ]
     lines = [*map(json.dumps, events), "error: too small", *others]
     assert Watch(Server((None, None), log="\n".join(lines)), "a-1").attend() == 0
     told = ["[a] step 3/9", "warning: low", "error: too small", *others]
