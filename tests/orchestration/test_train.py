@@ -157,10 +157,11 @@ def test_a_killed_worker_is_named_last_with_what_is_known_of_it(
     wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 5, "step 5")
     beat = json.loads((config.run_dir / "workers" / "rank-00001.json").read_text())
     os.kill(beat["pid"], signal.SIGKILL)
-    *events, last = console.finish(config, process, code=1).splitlines()
+    *lines, last = console.finish(config, process, code=1).splitlines()
     assert last.startswith("error: [no-second-chance] gave up after 0 restarts: rank 1 on ")
     assert beat["node"] in last and "GiB of memory" in last and "look at dmesg" in last and "same command" in last
-    failure = next(event for event in map(json.loads, events) if event["message"] == "the run has failed")
+    events = [json.loads(line) for line in lines if line.startswith("{")]  # the raylet speaks in between
+    failure = next(event for event in events if event["message"] == "the run has failed")
     assert (failure["run"], failure["attempt"], failure["rank"], failure["pid"]) == (config.name, 1, 1, beat["pid"])
     assert failure["step"] >= 5 and failure["memory_bytes"] > 0
 
