@@ -12,7 +12,7 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.rundir import check, claim, read_summary
 from ray_dwm.engine.setup import check_checkpoint, check_data, evaluation_sets
 from ray_dwm.evaluation.taskfile import is_path
-from ray_dwm.logs import say
+from ray_dwm.logs import bind, say
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.evaluate import Evaluations, check_tasks
 from ray_dwm.orchestration.fit import fit
@@ -51,9 +51,11 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     prove_storage(config)
     with claim(config):
         say(f"run folder {config.run_dir}", run=config.name)
+        bind(run=config.name)  # it stays where the run fails: what is said of that is of this run
         with Evaluations(config, overlaps) as evaluations:
             summary = train(config, manifest)
             evaluations.finish()
+        bind(run=None)
         return summary
 
 
