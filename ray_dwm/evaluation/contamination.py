@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,17 +166,17 @@ def _tokenizer(manifest: Manifest) -> Tokenizer:
 
 
 def overlaps(
-    sets: Mapping[str, Sequence[str]], against: Mapping[str, Manifest], known: Iterable[Mapping[str, Any]] = ()
+    sets: Mapping[str, Sequence[str]], against: Mapping[str, Manifest], known: Iterable[Overlap] = ()
 ) -> list[Overlap]:
     """How much of each set of items is in each set of shards.
 
     Args:
-        known: earlier findings, as plain values; shards are only read for what is not among them.
+        known: earlier findings; shards are only read for what is not among them.
 
     Raises:
         DataError: the shards have no tokenizer, or are damaged.
     """
-    kept = {entry["of"]: Overlap(**entry) for entry in known}
+    kept = {overlap.of: overlap for overlap in known}
     found: list[Overlap] = []
     for place, manifest in against.items():
         shards = file_sha256(manifest.folder / MANIFEST)
@@ -204,7 +203,7 @@ def guard(
     tasks: Mapping[str, Sequence[str]],
     train: str,
     targets: Mapping[str, str],
-    known: Iterable[Mapping[str, Any]] = (),
+    known: Iterable[Overlap] = (),
 ) -> list[Overlap]:
     """Tasks against the training set and the target sets, and the target sets against the training set.
 

@@ -122,7 +122,7 @@ def judge(lm: Path, asked: Asked) -> tuple[Evaluation, list[Overlap]]:
             lm, asked.shots, asked.batch, step=summary.get("steps"), tokens=summary.get("tokens")
         )
     if summary:
-        keep(lm, evaluation, map(asdict, found))
+        keep(lm, evaluation, found)
     return evaluation, found
 
 
