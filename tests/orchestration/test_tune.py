@@ -34,7 +34,7 @@ from ray_dwm.orchestration.experiment import experiment
 from ray_dwm.orchestration.promotion import config_of, dwms_of, promoted, rows_of
 from ray_dwm.orchestration.study import TRIALS, url_of
 from ray_dwm.orchestration.trial import curve, trial_config, values_of
-from ray_dwm.orchestration.tune import check
+from ray_dwm.orchestration.tune import Asha, check
 from ray_dwm.orchestration.tune_plan import planned
 from ray_dwm.orchestration.tune_progress import Progress
 from ray_dwm.orchestration.tune_report import Stage, write_report
@@ -153,6 +153,11 @@ def test_what_is_wrong_is_said_before_anything_starts(shards: dict[str, Path], t
         (["space.bilevel.target_batch.int=8,1000"], "asks for 1000"),
         (["data.train=/nowhere"], "/nowhere holds no manifest.json"),
         ([f"storage={tmp_path / 'tune.yaml'}"], "cannot be written"),
+        (["asha.grace_tokens=1000000"], "asha.grace_tokens is 1000000, and a trial trains on"),
+        # What only the later scale would meet, hours later.
+        (["seeds=0,0"], "seeds names 0 twice"),
+        (["scales.large.set.train.eval_every=8"], "too few points for a curve"),
+        (["scales.large.set.bilevel.target_batch=1000"], "asks for 1000"),
         (["study=sqlite:////proc/nowhere/study.db"], "cannot be used"),
     ]
     for overrides, message in wrong:
@@ -198,6 +203,18 @@ def test_the_shipped_cluster_sweep_is_planned(monkeypatch: pytest.MonkeyPatch) -
     assert "370m │ 370m │ 32 │ 8 │ 66 │ 8" in told and "1.3b │ 1.3b │ 10 │ 64 │ 514 │ 64" in told
     hours = [float(word.replace(",", "")) for word in re.findall(r"total: ([\d,]+) GPU-hours", told)]
     assert 3000 < hours[0] < 6000  # 32 x 75 at 370M, 10 x 200 at 1.3B
+
+
+def test_trials_end_early_by_those_before_and_controls_do_not() -> None:
+    asha = Asha(time_attr="tokens", metric="loss", mode="min", grace_period=10, max_t=100, reduction_factor=2)
+    for name, loss in (("a", 3.0), ("b", 3.2)):
+        asha.remember(name, [{"tokens": 5, "loss": 9.0}, {"tokens": 10, "loss": loss}, {"tokens": 100, "loss": 1.0}])
+    decisions = {}
+    for control, loss in (("", 3.5), ("uniform", 3.5), ("", 2.9)):
+        trial = SimpleNamespace(trial_id=f"{control}{loss}", config={"control": control})
+        asha.on_trial_add(None, trial)
+        decisions[control, loss] = asha.on_trial_result(None, trial, {"tokens": 10, "loss": loss})
+    assert decisions == {("", 3.5): asha.STOP, ("uniform", 3.5): asha.CONTINUE, ("", 2.9): asha.CONTINUE}
 
 
 def test_progress_is_a_line_for_each_beginning_and_end(capsys: pytest.CaptureFixture[str]) -> None:
