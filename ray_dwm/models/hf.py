@@ -98,6 +98,12 @@ def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance
     temporary.rename(folder)
 
 
+def newest_dwm(folder: Path) -> Path | None:
+    """The last version in a run's dwm folder that is whole; None where there is none."""
+    versions = sorted(path for path in folder.glob("v*") if path.suffix != ".tmp")
+    return versions[-1] if versions else None
+
+
 def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWeightingModel, dict[str, Any]]:
     """Read a DWM folder.
 

@@ -65,7 +65,7 @@ CHOSEN = Trial(id="0002", values={"bilevel.every": 3, "dwm.lr": 0.01}, state="do
 def with_dwm(config: TuneConfig) -> Path:
     """The dwm folder of a trial."""
     folder = config.folder / TRIALS / CHOSEN.id / "dwm"
-    for version in ("v000001", "v000004"):
+    for version in ("v000001", "v000004", "v000005.tmp"):  # the last was being written at a kill
         (folder / version).mkdir(parents=True)
     (folder / "trajectory.json").write_text("{}")
     return folder
