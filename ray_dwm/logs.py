@@ -54,6 +54,17 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def readable(line: str) -> str:
+    """A line of output as `TextLines` would have had it, where it is one of `JsonLines`; others as they are."""
+    try:
+        event = json.loads(line) if line.startswith("{") else {}
+        text, level, run = event["message"], event["level"], event.get("run")
+    except (ValueError, KeyError):
+        return line
+    kind = {"warning": _WARNING, "error": "error: "}.get(level, "")
+    return (f"[{run}] " if run and level != "error" else "") + kind + text
+
+
 _FORMATTERS: dict[Style, type[logging.Formatter]] = {"text": TextLines, "json": JsonLines}
 _HANDLER = _Stdout()
 _HANDLER.setFormatter(TextLines())

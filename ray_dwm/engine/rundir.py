@@ -37,7 +37,8 @@ def check(config: RunConfig) -> None:
     if path.is_file():
         before, now = dotted(_stored(path)), dotted(to_dict(config))
         for key in sorted(before.keys() | now.keys()):
-            if not is_free(key, config) and before.get(key) != now.get(key):
+            moved = _is_set(key) and before.get(key) and now.get(key)  # its content is compared, wherever it lies
+            if not (moved or is_free(key, config)) and before.get(key) != now.get(key):
                 raise ConfigError(
                     f"run folder {config.run_dir} was made with {key} = {before.get(key)}, now it is {now.get(key)}: "
                     "choose another name=..., or remove the folder"
@@ -46,6 +47,10 @@ def check(config: RunConfig) -> None:
     place = next(folder for folder in (config.run_dir, *config.run_dir.parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"run folder {config.run_dir} cannot be written: choose another storage=...")
+
+
+def _is_set(key: str) -> bool:
+    return key in ("data.train", "data.target") or key.startswith(("data.more_targets.", "data.held_out."))
 
 
 def is_free(key: str, config: RunConfig) -> bool:

@@ -68,6 +68,12 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
             raise ResourceError(
                 f"{address} runs other versions ({versions}): install the same here and there"
             ) from None
+        if address and "Failed to connect" in str(error):  # though somebody listens there: `probe` did not object
+            raise ResourceError(
+                f"{address} answers, but does not let Ray in: where the cluster wants a token set RAY_AUTH_MODE=token "
+                "and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it; else name a cluster of Ray, or unset "
+                "RAY_ADDRESS"
+            ) from None
         raise unreachable(address or "this machine", str(error).splitlines()[0]) from None
 
 

@@ -12,6 +12,7 @@ import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from ray_dwm.errors import TrainingError
+from ray_dwm.logs import readable
 
 LEFT = 130
 """Exit code where the user leaves a job that goes on: a shell's for Ctrl-C."""
@@ -29,6 +30,8 @@ class Watch:
         self._client, self._id = client, submission_id
         self._printed = 0
         """Characters of the log."""
+        self._rest, self._last = "", ""
+        """An incomplete line, and the last whole one."""
 
     def attend(self) -> int:
         """Follow the job to its end; Ctrl-C asks whether to stop it.
@@ -64,6 +67,7 @@ class Watch:
                 self._print(self._client.get_job_logs(self._id), 0)  # also where a proxy lets no web socket through
                 failures = 0
                 if job.status.is_terminal():
+                    print(self._rest, end="", flush=True)
                     return job
             except _LOST as error:
                 failures += 1
@@ -86,9 +90,14 @@ class Watch:
     def _print(self, text: str, place: int) -> None:
         """What of a part of the log, which begins at a place, was not printed before."""
         new = text[max(0, self._printed - place) :]
-        if new:
-            print(new, end="", flush=True)
-            self._printed = place + len(text)
+        if not new:
+            return
+        self._printed = place + len(text)
+        *lines, self._rest = (self._rest + new).split("\n")
+        for line in map(readable, lines):
+            if line != self._last or not line.startswith("error: "):  # as JSON for collectors, and as text
+                print(line, flush=True)
+            self._last = line
 
     def _say(self, text: str) -> None:
         print(f"[{self._id}] {text}", flush=True)

@@ -81,3 +81,15 @@ def test_shards_that_changed_under_a_run_are_refused(tmp_path: Path) -> None:
     make_shards(folders["target"], good=20, noise=12)
     with pytest.raises(DataError, match="the shards of target are not those"):
         check(config)
+
+
+def test_sets_may_lie_elsewhere_but_not_be_others(shards: dict[str, Path], tmp_path: Path) -> None:
+    with claim(tiny_config(shards, tmp_path)):
+        pass
+    moved = {name: Path(shutil.copytree(folder, tmp_path / "moved" / name)) for name, folder in shards.items()}
+    with claim(tiny_config(moved, tmp_path)):
+        pass
+    with pytest.raises(DataError, match="the shards of test are not those"):
+        check(tiny_config({**moved, "held_out": moved["target"]}, tmp_path))
+    with pytest.raises(ConfigError, match=r"was made with data\.held_out\.more = None"):
+        check(tiny_config(shards, tmp_path, f"data.held_out.more={shards['target']}"))

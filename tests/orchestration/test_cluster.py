@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import ray
 from orchestration.conftest import Console
+from ray.exceptions import AuthenticationError
 from synthetic import tiny_config
 
+from ray_dwm.config import load
 from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration import cluster
 from ray_dwm.orchestration.cluster import _cpus, fitting, needed, preflight, warn_if_temporary
@@ -30,6 +32,34 @@ def test_unreachable_cluster(shards: dict[str, Path], console: Console, tmp_path
     assert output.splitlines()[-1].startswith("error: no Ray cluster answers at 127.0.0.1:9")
     assert "`ray start --head`" in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n    Python: 3.9\n"),
+            r"somewhere runs other versions \(.*Ray: 2.1 Python: 3.9\): install",
+        ),
+        (
+            ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379"),
+            "somewhere answers, but does not let Ray in: where the cluster wants a token set RAY_AUTH_MODE=token",
+        ),
+        (
+            AuthenticationError("Token authentication is enabled but no token was found\nmore"),
+            r"somewhere wants its token \(Token .* found\): set RAY_AUTH_MODE=token",
+        ),
+    ],
+)
+def test_a_cluster_that_takes_nobody(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def refuse(**arguments: object) -> None:
+        raise error
+
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", refuse)
+    with pytest.raises(ResourceError, match=message):
+        cluster.connect(load([], []))
 
 
 @pytest.mark.parametrize(

@@ -176,17 +176,6 @@ def test_an_address_at_which_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> 
             doctor._probe_cluster(address)
 
 
-def test_a_cluster_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**arguments: object) -> None:
-        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\n    Python: 3.9\n")
-
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", refuse)
-    with pytest.raises(ResourceError, match=r"somewhere runs other versions \(.*Ray: 2.1 Python: 3.9\): install"):
-        cluster.connect(load([], []))
-
-
 def test_a_run_name_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
     actors = {actor_name(load([], ["name=taken"]))}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import signal
 import sys
@@ -80,6 +81,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_line_is_printed_once(capsys: pytest.CaptureFixture[str], connections: list[Any]) -> None:
     assert Watch(Server(*connections, code=2), "a-1").attend() == 2
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_events_for_collectors_are_printed_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    events = [
+        {"level": "info", "message": "step 3/9", "run": "a"},
+        {"level": "warning", "message": "low", "run": None},
+        {"level": "error", "message": "too small", "run": "a"},
+    ]
+    lines = [*map(json.dumps, events), "error: too small", "{not JSON", '{"level": 1}', "the rest"]
+    assert Watch(Server((None, None), log="\n".join(lines)), "a-1").attend() == 0
+    told = ["[a] step 3/9", "warning: low", "error: too small", "{not JSON", '{"level": 1}', "the rest"]
+    assert capsys.readouterr().out == "\n".join(told)
 
 
 class Gone(Server):

@@ -222,14 +222,14 @@ def test_progress_is_a_line_for_each_beginning_and_end(capsys: pytest.CaptureFix
     progress = pickle.loads(pickle.dumps(Progress("x", ["dwm.lr", "bilevel.every"], 3, before)))  # as Tune keeps it
     progress.setup()
     config = {"bilevel.every": 3, "dwm.lr": 0.0123456, "folder": "0002", "control": ""}
-    trial = SimpleNamespace(config=config, last_result=None)
-    progress.on_trial_start(0, [], trial)
-    trial.last_result = {"loss": 3.5, "overhead": 0.25}
-    progress.on_trial_result(0, [], trial, trial.last_result)
-    progress.on_trial_complete(0, [], trial)
-    trial.last_result = {**trial.last_result, "loss": 3.25, "complete": 1}
-    progress.on_trial_complete(0, [], trial)
-    progress.on_trial_error(0, [], trial)
+    told = SimpleNamespace(config=config, last_result=None)
+    progress.on_trial_start(0, [], told)
+    told.last_result = {"loss": 3.5, "overhead": 0.25}
+    progress.on_trial_result(0, [], told, told.last_result)
+    progress.on_trial_complete(0, [], told)
+    told.last_result = {**told.last_result, "loss": 3.25, "complete": 1}
+    progress.on_trial_complete(0, [], told)
+    progress.on_trial_error(0, [], told)
     assert capsys.readouterr().out.splitlines() == [
         "[x] 1 of 3 ended  0002  lr 0.01235  every 3  begun",
         "[x] 2 of 3 ended  0002  lr 0.01235  every 3  loss 3.5000  overhead 25.0%  ended early",
@@ -270,8 +270,8 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
     assert f"4 trials, {len(ended)} have ended" in second.stdout
     assert {path: path.read_bytes() for path in kept} == kept
     after = optuna.load_study(study_name="x", storage=url_of(config)).trials
-    for trial in ended:
-        assert (after[trial.number].values, after[trial.number].params) == (trial.values, trial.params)
+    for one in ended:
+        assert (after[one.number].values, after[one.number].params) == (one.values, one.params)
     report = read_json(config.folder / "report.json")
     assert [trial["state"] for trial in report["trials"]] == ["done"] * 4, report["trials"]
     assert {"defaults", "uniform"} < {trial["id"] for trial in report["trials"]}
