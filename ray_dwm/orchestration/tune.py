@@ -34,6 +34,7 @@ from ray_dwm.experimenting import grid
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import tokens
 from ray_dwm.orchestration.cluster import alive_nodes, connect, warn_if_temporary
+from ray_dwm.orchestration.evaluate import check_tasks
 from ray_dwm.orchestration.experiment import experiment, make_ready
 from ray_dwm.orchestration.experiment_checks import check as check_experiment
 from ray_dwm.orchestration.experiment_checks import largest
@@ -93,6 +94,8 @@ def check(config: TuneConfig, *, prepare: bool = True) -> Checked:
             check_experiment(declared, grid(declared))
     check_study(config, bases[config.first])
     check_folder(bases[config.first])
+    if prepare and not config.folder.exists():  # a task that is refused would fail every trial
+        check_tasks(bases[config.first])
     return found
 
 

@@ -154,6 +154,7 @@ def test_what_is_wrong_is_said_before_anything_starts(shards: dict[str, Path], t
         (["data.train=/nowhere"], "/nowhere holds no manifest.json"),
         ([f"storage={tmp_path / 'tune.yaml'}"], "cannot be written"),
         (["asha.grace_tokens=1000000"], "asha.grace_tokens is 1000000, and a trial trains on"),
+        (["evaluation.tasks=none.jsonl"], "none.jsonl cannot be read"),
         # What only the later scale would meet, hours later.
         (["seeds=0,0"], "seeds names 0 twice"),
         (["scales.large.set.train.eval_every=8"], "too few points for a curve"),
