@@ -28,6 +28,10 @@ with {weighting} weights. The resolved configuration is in `ray_dwm_config.yaml`
 """
 
 
+RUN_CONFIG = "ray_dwm_config.yaml"
+"""In an LM folder that a run has written: the run's configuration."""
+
+
 def save_lm(
     folder: Path,
     config: LlamaConfig,
@@ -48,7 +52,7 @@ def save_lm(
     model.load_state_dict(state)
     model.config.use_cache = True
     model.save_pretrained(folder)
-    (folder / "ray_dwm_config.yaml").write_text(config_yaml)
+    (folder / RUN_CONFIG).write_text(config_yaml)
     (folder / "README.md").write_text(_MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting))
 
 
