@@ -61,6 +61,8 @@ def readable(line: str) -> str:
         text, level, run = event["message"], event["level"], event.get("run")
     except (ValueError, KeyError):
         return line
+    if not (isinstance(text, str) and isinstance(level, str)):
+        return line  # somebody else's
     kind = {"warning": _WARNING, "error": "error: "}.get(level, "")
     return (f"[{run}] " if run and level != "error" else "") + kind + text
 

@@ -9,6 +9,7 @@ import typer
 
 from ray_dwm.cli.options import Config, Overrides, load_config, words
 from ray_dwm.errors import UserError
+from ray_dwm.logs import say
 from ray_dwm.planning.options import whole
 
 
@@ -19,8 +20,8 @@ def train(config: Config = None, overrides: Overrides = None) -> None:
     run_config = load_config(config, overrides)
     summary = run(run_config)
     for name, value in summary["final"].items():
-        typer.echo(f"{name} {value:.4f}")
-    typer.echo(f"[{run_config.name}] done: {run_config.run_dir}")
+        say(f"{name} {value:.4f}")
+    say(f"done: {run_config.run_dir}", run=run_config.name, **summary["final"])
 
 
 def compare(config: Config = None, overrides: Overrides = None) -> None:

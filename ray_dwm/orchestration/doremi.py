@@ -17,6 +17,7 @@ from ray_dwm.data.records import digest, read_metrics, write_whole
 from ray_dwm.engine.group_dro import initial_weights
 from ray_dwm.errors import ConfigError
 from ray_dwm.group_dro import GroupDroConfig
+from ray_dwm.logs import say
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies, to_be_trained
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selection.doremi import FILE, read_weights, shares, short
@@ -55,10 +56,9 @@ class DomainWeights:
         write_whole(folder / FILE, json.dumps(content, indent=2) + "\n")
         weights: dict[str, float] = content["weights"]
         if lacking := short(weights, rows, pool):
-            print(
+            say(
                 f"the pool has fewer sequences than the domain weights ask for: {', '.join(lacking)}; the other "
-                "domains get the rest",
-                flush=True,
+                "domains get the rest"
             )
         return weights
 

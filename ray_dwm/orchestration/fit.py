@@ -178,10 +178,11 @@ def _run(config: RunConfig, until: int, figures: Figures, exporter: Exporter) ->
     if config.learns_dwm:
         service = RemoteWeightService(ray.get_actor(actor_name(config), namespace=NAMESPACE))
 
-    exported = RaySink(config, exporter, lambda: service.queue if service is not None else 0)
+    # Rank 0 alone: the others neither tell of checkpoints nor look for one that rank 0 may just be removing.
+    exported = RaySink(config, exporter, lambda: service.queue if service is not None else 0) if rank == 0 else None
 
     def on_checkpoint(step: int, path: Path, figures: dict[str, float]) -> None:
-        if rank == 0:
+        if exported is not None:
             exported.checkpoint(time.time())
             logs.record(f"checkpoint {path}", step=step)
         ray.train.report({"step": step, **figures})
@@ -192,7 +193,7 @@ def _run(config: RunConfig, until: int, figures: Figures, exporter: Exporter) ->
         config,
         source=source,
         service=service,
-        sinks=[exported, *sinks(config)] if rank == 0 else [],
+        sinks=[] if exported is None else [exported, *sinks(config)],
         on_checkpoint=on_checkpoint,
         on_version=lambda step: export_dwm(parts, train_set, step),
         should_stop=lambda: rank == 0 and stop_path(config).exists(),

@@ -10,6 +10,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import MANIFEST
 from ray_dwm.engine.setup import evaluation_sets
 from ray_dwm.errors import ResourceError
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import (
     alive_nodes,
     by_client,
@@ -58,7 +59,7 @@ def _wait(config: RunConfig, check: Callable[[], object], limit_s: float) -> Non
                 raise ResourceError(f"after {waited:.0f} s, {error}") from None
             if waited >= _QUIET_S and waited - told >= _TELL_S:
                 told = waited
-                print(f"[{config.name}] waiting for up to {limit_s:g} s: {error}", flush=True)
+                say(f"waiting for up to {limit_s:g} s: {error}", run=config.name)
         time.sleep(_POLL_S)
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -59,9 +60,9 @@ class Progress:
 
     def _pass_on(self) -> None:
         """Print what the workers have said since the last look."""
-        if not self._messages.exists():
-            return
-        with self._messages.open("rb") as stream:
+        whole = b""
+        # None yet; or a network file system fails for a while: the next look may be better, and this thread must live.
+        with suppress(OSError), self._messages.open("rb") as stream:
             stream.seek(self._told)
             whole = stream.read().rpartition(b"\n")[0]
         if whole:

@@ -15,6 +15,7 @@ from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, LmConfig, RunCo
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
 from ray_dwm.data.records import digest, locked, read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
+from ray_dwm.logs import say
 from ray_dwm.models.hf import lm_folder
 from ray_dwm.models.lm import lm_shape
 from ray_dwm.orchestration.run import run as train
@@ -165,10 +166,10 @@ def _train(run: RunConfig) -> None:
     if (run.run_dir / "summary.json").is_file():
         return
     Path(run.storage).mkdir(parents=True, exist_ok=True)
-    waiting = partial(print, f"another selection trains {run.run_dir}: waiting for it", flush=True)
+    waiting = partial(say, f"another selection trains {run.run_dir}: waiting for it")
     try:
         with locked(Path(run.storage) / f".{run.name}.lock", waiting):
-            print(f"training an LM on the pool for {run.train.steps} steps; it is kept: {run.run_dir}", flush=True)
+            say(f"training an LM on the pool for {run.train.steps} steps; it is kept: {run.run_dir}")
             train(run)  # which returns at once where another process has done it meanwhile
     except TrainingError as error:
         raise TrainingError(f"proxy LM {str(error).replace('train.lr', 'selection.proxy.lr')}") from None

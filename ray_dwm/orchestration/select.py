@@ -17,6 +17,7 @@ from ray_dwm.data.records import digest, read_json, write_whole
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
 from ray_dwm.errors import ConfigError, UserError
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect, warn_if_temporary
 from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
@@ -141,11 +142,11 @@ def select(config: RunConfig) -> Path:
     if folder.exists():
         _require_same(selection)
         shutil.rmtree(work_path(folder), ignore_errors=True)  # a kill may have left it
-        print(f"selection by {selection.method} is there already: {folder}", flush=True)
+        say(f"selection by {selection.method} is there already: {folder}")
         return folder
     output = config.selection.output
     warn_if_temporary("selection.output" if output else "storage", output or config.storage)
-    print(record.opening(selection.method, selection.pool, selection.rows, selection.targets), flush=True)
+    say(record.opening(selection.method, selection.pool, selection.rows, selection.targets))
     connect(config)
     with work_folder(folder, selection.depends_on) as work:
         if folder.exists():  # made by another process in the meantime
@@ -154,7 +155,7 @@ def select(config: RunConfig) -> Path:
         with timed(work) as seconds:
             _fill(selection, work, seconds)
         os.rename(work / SHARDS, folder)
-    print(record.table(read_json(folder / record.RECORD)), f"selection: {folder}", sep="\n", flush=True)
+    say(f"{record.table(read_json(folder / record.RECORD))}\nselection: {folder}")
     return folder
 
 

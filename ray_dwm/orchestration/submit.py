@@ -11,6 +11,7 @@ import re
 import shlex
 import socket
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,8 @@ def _start(
             entrypoint=entrypoint, submission_id=submission_id, runtime_env=environment, metadata=metadata
         )
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        if any(job.submission_id == submission_id for job in client.list_jobs()):
-            return  # somebody else was faster with the same: theirs is followed
+        with suppress(OSError, RuntimeError):  # as where the cluster has just gone
+            if any(job.submission_id == submission_id for job in client.list_jobs()):
+                return  # somebody else was faster with the same: theirs is followed
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ResourceError(f"the cluster refuses the job ({reason}): look at --runtime-env and the cluster") from None

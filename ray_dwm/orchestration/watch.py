@@ -26,6 +26,7 @@ from ray._private.utils import get_used_memory
 from ray_dwm import logs
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import write_whole
+from ray_dwm.engine.mesh import device
 from ray_dwm.orchestration.exporting import Exporter, resident_bytes
 from ray_dwm.orchestration.progress import last_line
 
@@ -129,7 +130,8 @@ class Watch:
             self._write(beat)
             self._exporter.put("lm_worker_memory_bytes", beat.memory_bytes)
             if torch.cuda.is_available():
-                self._exporter.put("lm_worker_gpu_memory_bytes", torch.cuda.max_memory_allocated())
+                # Of its own GPU by name: a new thread starts at the node's first one.
+                self._exporter.put("lm_worker_gpu_memory_bytes", torch.cuda.max_memory_allocated(device()))
             if self._ended.wait(BEAT_S):
                 return
 

@@ -89,9 +89,16 @@ def test_events_for_collectors_are_printed_for_people(capsys: pytest.CaptureFixt
         {"level": "warning", "message": "low", "run": None},
         {"level": "error", "message": "too small", "run": "a"},
     ]
-    lines = [*map(json.dumps, events), "error: too small", "{not JSON", '{"level": 1}', "the rest"]
+    others = [
+        "{not JSON",
+        '{"level": 1}',
+        '{"level": "info", "message": 1}',
+        '{"level": [], "message": "x"}',
+        "the rest",
+    ]
+    lines = [*map(json.dumps, events), "error: too small", *others]
     assert Watch(Server((None, None), log="\n".join(lines)), "a-1").attend() == 0
-    told = ["[a] step 3/9", "warning: low", "error: too small", "{not JSON", '{"level": 1}', "the rest"]
+    told = ["[a] step 3/9", "warning: low", "error: too small", *others]
     assert capsys.readouterr().out == "\n".join(told)
 
 

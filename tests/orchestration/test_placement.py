@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import ray
 from synthetic import tiny_config
 
+from ray_dwm import logs
 from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration import cluster, placement
 from ray_dwm.orchestration.findings import Finding
@@ -78,6 +80,20 @@ def test_a_run_waits_to_its_deadline(
     told = capsys.readouterr().out.splitlines()
     assert len(told) == -(-max(0.0, seconds - 5) // 60)  # from 5 s on, once a minute
     assert all("waiting for up to" in line and "the run needs 4 CPUs" in line for line in told)
+
+
+def test_waiting_is_an_event_for_collectors(
+    shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    clock: list[float],
+) -> None:
+    hold(monkeypatch, iter([4.0]), iter([1.0] * 7 + [4.0]))
+    monkeypatch.setattr(logs._HANDLER, "formatter", logs.JsonLines())
+    placement.await_resources(tiny_config(shards, tmp_path, *NEEDS_4))
+    [event] = map(json.loads, capsys.readouterr().out.splitlines())
+    assert event["run"] == "run" and event["message"].startswith("waiting for up to 3600 s: the run needs 4 CPUs")
 
 
 def test_a_run_that_fits_in_sum_but_on_no_node_waits(

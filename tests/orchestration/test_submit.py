@@ -198,3 +198,20 @@ def test_a_job_that_runs_already_is_not_submitted_again(tree: Path, capsys: pyte
         assert submit.submit(Request("experiment", [], tree, address=address, wait=False)) == 0
     assert sent == []
     assert "-3] is running already" in capsys.readouterr().out
+
+
+class Gone:
+    """A cluster that went away between two requests."""
+
+    def submit_job(self, **_: Any) -> str:
+        """See JobSubmissionClient."""
+        raise ConnectionError("reset by peer")
+
+    def list_jobs(self) -> list[JobDetails]:
+        """See JobSubmissionClient."""
+        raise ConnectionError("refused")
+
+
+def test_a_cluster_that_goes_while_the_job_is_sent_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^the cluster refuses the job \(reset by peer\): "):
+        submit._start(Gone(), Request("train", []), "train-a-0-1", {}, {})

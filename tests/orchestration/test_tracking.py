@@ -83,3 +83,18 @@ def test_what_workers_say_is_passed_on_once(
         stream.write("[run] warning: one\n[run] two\n[run] not who")
     told = out.getvalue().splitlines()
     assert told == ["[run] of an attempt before", "[run] starting 1 workers", "[run] warning: one", "[run] two"]
+
+
+def test_a_look_that_fails_is_not_the_last(
+    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(shards, tmp_path)
+    (config.run_dir / MESSAGES).mkdir(parents=True)
+    progress = Progress(config)
+    progress._told = 0  # of a folder the system says a size
+    progress._show([])
+    (config.run_dir / MESSAGES).rmdir()
+    say(config.run_dir, "two")
+    capsys.readouterr()
+    progress._show([])
+    assert capsys.readouterr().out == "[run] two\n"

@@ -71,6 +71,7 @@ def test_every_series_of_the_table_is_served(scraped: tuple[RunConfig, Scraper])
     for series in SERIES:
         for labels in scraper.of(series.exported, config.name):
             assert labels.keys() >= set(series.all_tags), series.name
+            assert series.place != "rank 0" or labels[RANK] == "0", series.name
     assert {labels["set"] for labels in scraper.of("ray_lm_eval_loss", config.name)} == {"target", "test"}
     assert {labels[RANK] for labels in scraper.of("ray_lm_worker_memory_bytes", config.name)} == {"0", "1"}
     assert scraper.samples.keys() >= RAY_SERIES

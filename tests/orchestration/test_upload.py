@@ -66,6 +66,17 @@ def test_the_source_tree_is_small_and_has_what_a_job_needs() -> None:
     assert {path.parts[0] for path in sizes}.isdisjoint({"tests", "docs", "runs", "data", ".git", ".venv", "wandb"})
 
 
+def test_secrets_stay_here(tree: Path) -> None:
+    for name in (".env", "deep/.env.local", "deep/id.pem", "tls.key", ".netrc"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("secret")
+    before = listing(tree).keys()
+    (tree / ".rayignore").write_text((ROOT / ".rayignore").read_text())
+    kept_here = {str(path) for path in before - listing(tree).keys()}
+    assert kept_here >= {".env", "deep/.env.local", "deep/id.pem", "tls.key"}
+    assert Path(".netrc") not in listing(tree) and Path("jobs/train.py") in listing(tree)
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist: --working-dir names"):
         listing(tmp_path / "no")

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from ray_dwm.orchestration.watch import Beat, first_failure, hint, next_attempt
+from ray_dwm.config import RunConfig
+from ray_dwm.orchestration import watch
+from ray_dwm.orchestration.watch import Beat, Watch, first_failure, hint, next_attempt
 
 GIB = 2**30
 BEAT = Beat(
@@ -86,3 +89,30 @@ def test_attempts_are_counted_over_commands(tmp_path: Path) -> None:
     assert [next_attempt(tmp_path) for _ in range(3)] == [1, 2, 3]
     (tmp_path / "attempts").write_text("damaged")
     assert next_attempt(tmp_path) == 1
+
+
+class Written:
+    """Keeps what would be exported."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def put(self, name: str, value: float) -> None:
+        """See Exporter."""
+        self.values[name] = value
+
+
+def test_a_worker_exports_the_memory_of_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    # Where none is named it is the thread's, the node's first one.
+    held = {torch.device("cuda", n): n * GIB for n in range(8)}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: held.get(device, 0))
+    monkeypatch.setattr(watch.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    config, written = RunConfig(storage=str(tmp_path)), Written()
+    config.run_dir.mkdir()
+    with Watch(config, 1, 11, written):
+        pass
+    assert written.values["lm_worker_gpu_memory_bytes"] == 3 * GIB
+    assert json.loads((config.run_dir / "workers" / "rank-00011.json").read_text())["rank"] == 11
