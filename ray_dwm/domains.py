@@ -60,16 +60,17 @@ class Domain:
         """Whether a value lies in it."""
         if self.kind == "choice":
             return value in self.choices
-        offset = (value - self.low) / self.step if self.step else 0.0
+        step = self.step or (1 if self.kind == "int" else 0)
+        offset = (value - self.low) / step if step else 0.0
         return self.low <= value <= self.high and abs(offset - round(offset)) < 1e-9
 
     def read(self, text: str) -> Any:
         """A value as text, as what the domain holds.
 
         Raises:
-            ValueError: it is no number.
+            ValueError: it is no number, or not a whole one where these are needed.
         """
-        return text if self.kind == "choice" else self._number(float(text))
+        return text if self.kind == "choice" else int(text) if self.kind == "int" else float(text)
 
     def _number(self, value: float) -> float | int:
         return int(value) if self.kind == "int" else float(value)

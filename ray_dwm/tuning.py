@@ -25,9 +25,11 @@ from ray_dwm.sections import NAME
 CONTROLS = ("defaults", "uniform")
 """Trials that are always there, and first: the configuration as it is, and uniform weights."""
 UNIFORM = {"weighting.method": "uniform"}
-_FIXED = ("name", "storage", "seed", "data", "prepare", "lm", "checkpoint", "tracking", "cluster")
+_FIXED = ("name", "storage", "seed", "data", "prepare", "lm", "checkpoint", "tracking", "cluster", "evaluation")
 """Sections that trials share: what is read, with which LM, and what is asked of the cluster."""
 _FIXED_KEYS = ("train.steps", "train.global_batch", "train.eval_every", "train.eval_sequences")
+LATER = "learnt by then"
+"""Stands for a folder that is not there yet."""
 _MOST_POINTS = 10_000
 """Of a grid."""
 
@@ -211,6 +213,16 @@ def probes(config: TuneConfig, base: RunConfig) -> list[RunConfig]:
     return found
 
 
+def _check_scale(config: TuneConfig, scale: str, base: RunConfig) -> None:
+    """Make sure that a scale takes the whole space and, where it is not the first, what is carried over to it."""
+    try:
+        probes(config, base)
+        for how in config.transfer if scale != config.first else ():
+            with_values(base, {"dwm.init_from": LATER, "dwm.trajectory": LATER, "dwm.mode": how})
+    except ConfigError as error:
+        raise error if scale == config.first else ConfigError(f"scale {scale}: {error}") from None
+
+
 def _check_point(config: TuneConfig, place: str, point: Mapping[str, str]) -> None:
     for key in (*config.space, *point):
         require(
@@ -238,10 +250,20 @@ def load_tune(file: Path, overrides: Sequence[str] = ()) -> TuneConfig:
         space = values.get("space") or {}
         require(isinstance(space, Mapping), "space must be a mapping of dotted keys")
         values["space"] = {key: parse_domain(key, given) for key, given in by_key(space).items()}
-        values["points"] = [dotted(point) for point in values.get("points") or () if isinstance(point, Mapping)]
+        points = values.get("points") or []
+        require(
+            isinstance(points, list) and all(isinstance(point, Mapping) for point in points),
+            "points must be a list of mappings of dotted keys to values",
+        )
+        values["points"] = [dotted(point) for point in points]
         config = typing.cast(TuneConfig, build(TuneConfig, values))
-        bases = [scale_config(config, scale) for scale in config.scales]
-        probes(config, bases[0])
+        bases = {scale: scale_config(config, scale) for scale in config.scales}
+        require(
+            not bases[config.first].cluster.elastic,
+            "cluster.workers is elastic: such a run takes all CPUs of its nodes, which trials share; name one number",
+        )
+        for scale, base in bases.items():
+            _check_scale(config, scale, base)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     return config

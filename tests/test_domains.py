@@ -39,6 +39,7 @@ def test_what_a_domain_holds(given: Any, points: list[Any], ends: list[Any], wor
     ("given", "inside", "outside"),
     [
         ({"int": ["1", "9"], "step": "4"}, [1, 5, 9], [0, 2, 10]),
+        ({"int": ["1", "5"]}, [1, 2.0, 5], [1.5]),
         ({"float": ["0.5", "2"]}, [0.5, 1.234, 2], [0.49, 2.01]),
         ({"choice": ["16", "32"]}, ["16"], [16, "64"]),
     ],
@@ -57,6 +58,7 @@ def test_what_lies_inside(given: Any, inside: list[Any], outside: list[Any]) -> 
         ({"int": ["1"]}, "int takes two bounds"),
         ({"int": ["5", "1"]}, r"int: \[5, 1\] is empty"),
         ({"float": ["2", "2"]}, "is empty"),
+        ({"float": ["0", "inf"]}, "not finite"),
         ({"int": ["1", "many"]}, "high is 'many': it must be of type float"),
         ({"int": ["1.5", "3"]}, "whole numbers are needed"),
         ({"int": ["0", "9"], "log": "true"}, "must begin above 0"),

@@ -85,6 +85,9 @@ def test_a_grid_has_as_many_trials_as_points_and_controls(tmp_path: Path) -> Non
         (["space.bilevel.every.float=1,5"], "space.bilevel.every is float, but the key takes int values"),
         (["space.train.steps.int=10,50"], "space.train.steps cannot be searched"),
         (["space.cluster.workers.int=1,2"], "space.cluster.workers cannot be searched"),
+        (["space.evaluation.batch.int=1,2"], "space.evaluation.batch cannot be searched"),
+        (["cluster.workers=1,2"], "cluster.workers is elastic"),
+        (["dwm.look_ahead=true"], "scale quickstart_4x: dwm.look_ahead weighs a batch"),
         (["space.dwm.mode.choice=learn,frozen"], "space.dwm.mode: dwm.mode=frozen needs dwm.init_from"),
         (["scales=quickstart,none"], "configuration file configs/none.yaml does not exist"),
         (["scales="], "scales is empty"),
@@ -109,6 +112,9 @@ def test_what_is_refused(tmp_path: Path, overrides: list[str], reason: str) -> N
     [
         ("[{bilevel.every: 2}]", "points, number 1: it must name the keys of space, and dwm.size is not in both"),
         ("[{bilevel.every: 9, dwm.size: s}]", "points, number 1: bilevel.every = 9 does not lie in its domain"),
+        ("[3]", "points must be a list of mappings"),
+        ("{bilevel.every: 2, dwm.size: s}", "points must be a list of mappings"),
+        ("[{bilevel.every: 2.5, dwm.size: s}]", "bilevel.every = 2.5 does not lie"),
         ("[{bilevel.every: two, dwm.size: s}]", "bilevel.every = two does not lie"),
         ("[{bilevel.every: 2, dwm.size: s}, {bilevel.every: 2, dwm.size: s, dwm.lr: 1}]", "number 2: .* dwm.lr is not"),
     ],
@@ -117,6 +123,18 @@ def test_known_points_lie_in_the_space(tmp_path: Path, points: str, reason: str)
     file = _file(tmp_path)
     file.write_text(SWEEP + f"points: {points}\n")
     with pytest.raises(ConfigError, match=reason):
+        load_tune(file)
+
+
+def test_every_scale_must_take_the_space(tmp_path: Path) -> None:
+    file = _file(tmp_path)
+    larger = "{quickstart: {}, large: {set: {train.global_batch: 25}}}"
+    file.write_text(
+        SWEEP.replace("[quickstart, quickstart_4x]", larger).replace(
+            "trials", "  bilevel.fraction: {choice: [0.5, 1]}\ntrials"
+        )
+    )
+    with pytest.raises(ConfigError, match=r"scale large: space.bilevel.fraction: .* with train.global_batch = 25"):
         load_tune(file)
 
 

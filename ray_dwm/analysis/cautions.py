@@ -9,12 +9,14 @@ from statistics import median
 from ray_dwm.analysis.comparison import differences
 from ray_dwm.analysis.data_card import passes
 from ray_dwm.analysis.grid import Grid
-from ray_dwm.analysis.results import Overlap, overlaps
 from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import Interval
 from ray_dwm.data.plan import WORTH_EPOCHS
 from ray_dwm.engine.messages import MESSAGES
 from ray_dwm.engine.setup import target_sets
+from ray_dwm.evaluation.contamination import Overlap
+from ray_dwm.evaluation.scores import read_overlaps
+from ray_dwm.sections import MAX_OVERLAP
 
 NEAR_GUARD = 2.0
 """ESS warns at so many times dwm.min_ess_fraction, at which the guard stops a DWM's run."""
@@ -138,11 +140,11 @@ def contaminated(found: Iterable[Overlap]) -> list[Caution]:
     return [
         Caution(
             "Contamination",
-            f"{one.overlap:.2%} of {one.name} are also in {one.against}: its figures flatter",
-            f"overlap above {one.threshold:.2%}",
+            f"{one.share:.2%} of {one.what} are also in {one.against}: its figures flatter",
+            f"overlap above {MAX_OVERLAP:.2%}",
         )
         for one in found
-        if one.overlap > one.threshold
+        if one.share > MAX_OVERLAP
     ]
 
 
@@ -172,7 +174,7 @@ def of_run(run: Run) -> list[Caution]:
         low_ess(*ess, config.train.global_batch, config.dwm.min_ess_fraction),
         low_fidelity(fidelity[1], config.bilevel.min_fidelity),
         *(turned(name, target, points.get(f"val/{name}/loss", {})) for name in held_out(run)),
-        *contaminated(overlaps(run) or []),
+        *contaminated(read_overlaps(run.folder)),
         *said(path.read_text(errors="replace").splitlines() if (path := run.folder / MESSAGES).is_file() else ()),
         *(repeated(part, times) for part, times in passes(run)),
     ]

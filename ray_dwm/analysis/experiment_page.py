@@ -11,7 +11,7 @@ from ray_dwm.analysis import figures
 from ray_dwm.analysis.cautions import Caution, grouped
 from ray_dwm.analysis.data_card import data_card, records_of_stages
 from ray_dwm.analysis.grid import Grid, Outcome
-from ray_dwm.analysis.results import overlaps, task_table
+from ray_dwm.analysis.results import task_table
 from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.settings import settings_table
 from ray_dwm.analysis.statistics import interval
@@ -19,6 +19,7 @@ from ray_dwm.analysis.tables import Table
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.manifest import find_manifest
 from ray_dwm.data.records import read_json
+from ray_dwm.evaluation.scores import read_overlaps
 from ray_dwm.selection.record import RECORD
 
 Cautions = Sequence[tuple[str, Caution]]
@@ -35,7 +36,7 @@ def sections(grid: Grid, sets: Sequence[str], cautions: Cautions) -> dict[str, A
     places = [(size, name) for size in sizes for name in sets]
     return {
         "cautions": grouped(cautions),
-        "unchecked": [] if any(overlaps(o.run) is not None for o in grid.outcomes.values()) else ["contamination"],
+        "unchecked": [] if any(read_overlaps(o.run.folder) for o in grid.outcomes.values()) else ["contamination"],
         "losses": [
             (_place(grid, size, name), *(_losses(grid, size, name, over) for over in ("tokens", "seconds")))
             for size, name in places

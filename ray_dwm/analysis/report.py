@@ -10,7 +10,7 @@ from ray_dwm.analysis import cautions, figures
 from ray_dwm.analysis.data_card import data_cards
 from ray_dwm.analysis.preference_section import section
 from ray_dwm.analysis.render import render
-from ray_dwm.analysis.results import overlaps, task_table
+from ray_dwm.analysis.results import task_table
 from ray_dwm.analysis.runs import Run, open_runs, versions
 from ray_dwm.analysis.settings import settings_table
 from ray_dwm.analysis.tables import Table
@@ -18,6 +18,7 @@ from ray_dwm.analysis.task_curves import task_curves
 from ray_dwm.analysis.verdict import differences, sentence, verdict
 from ray_dwm.config import BilevelConfig, to_yaml
 from ray_dwm.data.records import write_whole
+from ray_dwm.evaluation.scores import read_overlaps
 
 
 def write_report(
@@ -48,7 +49,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "runs": runs,
         "verdicts": [_verdict(uniform, run) for run in weighted] if uniform else [],
         "cautions": cautions.grouped(cautions.of_runs(runs, uniform)),
-        "unchecked": [] if any(overlaps(run) is not None for run in runs) else ["contamination"],
+        "unchecked": [] if any(read_overlaps(run.folder) for run in runs) else ["contamination"],
         "standings": standings(runs) if len(runs) > 2 else None,
         "losses": [
             (

@@ -108,6 +108,9 @@ def notes(content: Content) -> list[str]:
         lines.append(
             f"Settings with an overhead above {content['max_overhead']:.1%} are neither promoted nor recommended."
         )
+    for stage in content["stages"]:
+        page = f"scale-{stage['scale']}/leaderboard.html"
+        lines.append(f"Curves, intervals, warnings and tasks of scale {stage['scale']}: {page}.")
     lines += [f"Trial {t['id']} failed: {t['reason']}" for t in content["trials"] if t["state"] == "failed"]
     lines.append(
         "Losses are over the whole set at the end of training; of a trial that was ended early, over "

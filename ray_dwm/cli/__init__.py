@@ -13,7 +13,7 @@ from ray_dwm.cli.jobs import SETTINGS, submit
 from ray_dwm.cli.results import analyze, evaluate, export
 from ray_dwm.cli.training import compare, experiment, train, tune
 from ray_dwm.errors import DwmError
-from ray_dwm.logs import record
+from ray_dwm.logs import record, setup, style_of
 
 COMMANDS = (prepare, select, score, train, doctor, evaluate, export, analyze, plan, compare, experiment, tune)
 """In the order in which `--help` names them."""
@@ -34,6 +34,7 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched unasked; read once, when the libraries come in
+    setup(style_of("auto"))
     try:
         app()
     except DwmError as error:

@@ -1,9 +1,9 @@
 """Whether what an LM is judged by was there to be learnt by heart: n-grams of words that two sets share.
 
 An item (of a task; a row of a target set) overlaps with a set of shards where any run of 13 words of it is in them, in
-whatever case and punctuation: the rule of Brown et al. 2020 (arXiv 2005.14165, appendix C), and the strict one, for
-most of what it marks is a quotation and not the item. All rows are looked at. Rows that were packed one after the other
-are read as one text, up to the borders of the blocks that are read at a time.
+whatever case, punctuation and Unicode form: the rule of Brown et al. 2020 (arXiv 2005.14165, appendix C), and the
+strict one, for most of what it marks is a quotation and not the item. All rows are looked at. Rows that were packed one
+after the other are read as one text, up to the borders of the blocks that are read at a time.
 
 Legend: n = words of an n-gram; w = words of a text.
 """
@@ -11,10 +11,11 @@ Legend: n = words of an n-gram; w = words of a text.
 from __future__ import annotations
 
 import re
+import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,12 @@ from ray_dwm.data.records import digest
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.data.tokenization import FOLDER, Tokenizer
 from ray_dwm.errors import DataError
+from ray_dwm.logs import say
 
 WORDS = 13
 _BLOCK_ROWS = 2048
+_TELL_S = 30.0
+"""Between two words about how far the reading is."""
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -117,7 +121,7 @@ class Index:
 
 
 def _split(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def _hashes(numbers_w: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
@@ -150,6 +154,17 @@ def blocks_of(manifest: Manifest) -> Iterator[list[str]]:
         yield ["".join(texts[first:last]) for first, last in pairwise(cuts)]
 
 
+def _told(manifest: Manifest, place: str) -> Iterator[list[str]]:
+    """The same, and what takes long says how far it is."""
+    start = told = time.monotonic()
+    for number, block in enumerate(blocks_of(manifest), start=1):
+        yield block
+        now, read = time.monotonic(), number * _BLOCK_ROWS / manifest.rows
+        if now - told >= _TELL_S and read < 1:
+            told, left = now, (now - start) * (1 / read - 1)
+            say(f"looking for overlaps with {place}: {read:.0%} read, about {left / 60:.0f} minutes left")
+
+
 def row_texts(manifest: Manifest) -> list[str]:
     """The text of each row of a folder of shards."""
     reader = ShardReader(manifest)
@@ -167,25 +182,25 @@ def _tokenizer(manifest: Manifest) -> Tokenizer:
 
 
 def overlaps(
-    sets: Mapping[str, Sequence[str]], against: Mapping[str, Manifest], known: Iterable[Mapping[str, Any]] = ()
+    sets: Mapping[str, Sequence[str]], against: Mapping[str, Manifest], known: Iterable[Overlap] = ()
 ) -> list[Overlap]:
     """How much of each set of items is in each set of shards.
 
     Args:
-        known: earlier findings, as plain values; shards are only read for what is not among them.
+        known: earlier findings; shards are only read for what is not among them.
 
     Raises:
         DataError: the shards have no tokenizer, or are damaged.
     """
-    kept = {entry["of"]: Overlap(**entry) for entry in known}
+    kept = {overlap.of: overlap for overlap in known}
     found: list[Overlap] = []
     for place, manifest in against.items():
         shards = file_sha256(manifest.folder / MANIFEST)
-        of = {name: digest([WORDS, name, list(texts), place, shards]) for name, texts in sets.items()}
+        of = {name: digest([WORDS, "NFKC", name, list(texts), place, shards]) for name, texts in sets.items()}
         new = {name: texts for name, texts in sets.items() if of[name] not in kept}
         if new:
             index = Index(new)
-            hits, judged = index.overlapping(blocks_of(manifest)), index.judged
+            hits, judged = index.overlapping(_told(manifest, place)), index.judged
             for name, texts in new.items():
                 kept[of[name]] = Overlap(
                     what=name,
@@ -204,7 +219,7 @@ def guard(
     tasks: Mapping[str, Sequence[str]],
     train: str,
     targets: Mapping[str, str],
-    known: Iterable[Mapping[str, Any]] = (),
+    known: Iterable[Overlap] = (),
 ) -> list[Overlap]:
     """Tasks against the training set and the target sets, and the target sets against the training set.
 

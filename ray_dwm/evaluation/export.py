@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ray_dwm.errors import UserError
+from ray_dwm.models.hf import newest_dwm
 
 
 def export_run(run: Path, output: Path) -> None:
@@ -25,9 +26,8 @@ def export_run(run: Path, output: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as name:
             whole = Path(name) / "export"
             shutil.copytree(run / "hf", whole / "lm")
-            versions = sorted(path for path in (run / "dwm").glob("v*") if not path.name.endswith(".tmp"))
-            if versions:
-                shutil.copytree(versions[-1], whole / "dwm")
+            if (dwm := newest_dwm(run / "dwm")) is not None:
+                shutil.copytree(dwm, whole / "dwm")
             whole.rename(output)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror or error}): choose another folder") from None

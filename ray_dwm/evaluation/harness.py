@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from ray_dwm.data.manifest import file_sha256
+from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.evaluation.scores import Evaluation, Score
 from ray_dwm.evaluation.taskfile import find_tasks, write_task
-from ray_dwm.models.hf import lm_folder
+from ray_dwm.models.hf import RUN_CONFIG, lm_folder
 
 _PACKAGES = ("lm-eval", "datasets", "transformers", "torch", "ray-dwm")
 
@@ -189,8 +190,12 @@ def _manager(own: bool) -> Any:
 def _load_lm(path: Path, batch: int, device: str) -> Any:
     from lm_eval.models.huggingface import HFLM
 
+    # A run's own texts are packed without the marks that a tokenizer may set at the start: an end stands before each.
+    given: dict[str, Any] = {}
+    if (path / RUN_CONFIG).is_file():
+        given = {"add_bos_token": False, "prefix_token_id": read_json(path / "config.json").get("eos_token_id")}
     try:
-        return HFLM(pretrained=str(path), batch_size=batch, device=device)
+        return HFLM(pretrained=str(path), batch_size=batch, device=device, **given)
     except Exception as error:  # transformers raises many kinds for a damaged folder
         raise UserError(f"{path} cannot be loaded as an LM by lm-eval: {_first_line(error)}") from None
 

@@ -19,6 +19,7 @@ from ray_dwm.evaluation.contamination import Overlap, guard, refuse
 from ray_dwm.evaluation.harness import Tasks, require_lm
 from ray_dwm.evaluation.perplexity import Result, evaluate_folders, format_table
 from ray_dwm.evaluation.scores import Evaluation, keep, read_overlaps, table, to_dict
+from ray_dwm.models.hf import RUN_CONFIG
 from ray_dwm.sections import MAX_OVERLAP
 
 
@@ -83,7 +84,7 @@ def write_json(found: Findings, path: Path) -> None:
 
 def origin(lm: Path) -> RunConfig | None:
     """The configuration that an LM folder was trained with, where it is a run folder or an export of one."""
-    for path in (lm / "config.yaml", lm / "ray_dwm_config.yaml"):
+    for path in (lm / "config.yaml", lm / RUN_CONFIG):
         if path.is_file():
             return load([path])
     return None
@@ -122,7 +123,7 @@ def judge(lm: Path, asked: Asked) -> tuple[Evaluation, list[Overlap]]:
             lm, asked.shots, asked.batch, step=summary.get("steps"), tokens=summary.get("tokens")
         )
     if summary:
-        keep(lm, evaluation, map(asdict, found))
+        keep(lm, evaluation, found)
     return evaluation, found
 
 

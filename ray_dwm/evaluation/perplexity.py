@@ -28,11 +28,14 @@ class Result:
     tokens: int
     loss: float
     """Nats per token."""
-    loss_error: float
-    """Standard error over sequences."""
+    loss_error: float | None
+    """Standard error over sequences, as if these were drawn independently; None for a single one."""
     perplexity: float
+    perplexity_error: float | None
+    """The loss's, carried over to first order."""
     bits_per_byte: float
-    """Comparable between tokenizers."""
+    """Comparable between tokenizers; bytes are the domains' means over all of their tokens."""
+    bits_error: float | None
 
 
 def load_lm(folder: Path) -> torch.nn.Module:
@@ -115,15 +118,34 @@ def evaluate(model: torch.nn.Module, folder: Path, batch: int = 32, tokenizer: s
 
 
 def _result(name: str, domain: str, nats: np.ndarray, tokens: np.ndarray, bytes_per_token: np.ndarray) -> Result:
-    loss = float(nats.sum() / tokens.sum())
-    spread = np.sqrt(np.sum((nats - loss * tokens) ** 2)) / tokens.sum()
-    bits = float(nats.sum() / math.log(2) / np.sum(tokens * bytes_per_token))
-    return Result(name, domain, int(tokens.sum()), loss, float(spread), math.exp(min(loss, 700.0)), bits)
+    loss, loss_error = _ratio(nats, tokens)
+    bits, bits_error = _ratio(nats / math.log(2), tokens * bytes_per_token)
+    perplexity = math.exp(min(loss, 700.0))
+    return Result(
+        set=name,
+        domain=domain,
+        tokens=int(tokens.sum()),
+        loss=loss,
+        loss_error=loss_error,
+        perplexity=perplexity,
+        perplexity_error=None if loss_error is None else perplexity * loss_error,
+        bits_per_byte=bits,
+        bits_error=bits_error,
+    )
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float | None]:
+    """A ratio of sums over sequences, and its standard error (Cochran 1977, section 2.11)."""
+    ratio, count = float(above.sum() / below.sum()), len(above)
+    if count < 2:
+        return ratio, None
+    spread = math.sqrt(count / (count - 1) * float(np.sum((above - ratio * below) ** 2)))
+    return ratio, spread / float(below.sum())
 
 
 def evaluate_folders(lm: Path, folders: Sequence[Path], batch: int = 32) -> list[Result]:
-    """Figures of several folders."""
-    model = load_lm(lm)
+    """Figures of several folders, on a GPU where there is one."""
+    model = load_lm(lm).to("cuda" if torch.cuda.is_available() else "cpu")
     path = lm_folder(lm) / "tokenizer.json"
     tokenizer = file_sha256(path) if path.is_file() else None
     return [result for folder in folders for result in evaluate(model, folder, batch, tokenizer)]
@@ -131,10 +153,15 @@ def evaluate_folders(lm: Path, folders: Sequence[Path], batch: int = 32) -> list
 
 def format_table(results: Sequence[Result]) -> str:
     """A table for the terminal."""
-    lines = [f"{'set':<16}{'domain':<14}{'tokens':>10}{'loss':>9}{'± s.e.':>9}{'perplexity':>12}{'bits/byte':>11}"]
+    heads = f"{'loss':>9}{'± s.e.':>9}{'perplexity':>12}{'± s.e.':>9}{'bits/byte':>11}{'± s.e.':>9}"
+    lines = [f"{'set':<16}{'domain':<14}{'tokens':>10}{heads}"]
     for r in results:
         lines.append(
-            f"{r.set:<16}{r.domain:<14}{r.tokens:>10,}{r.loss:>9.4f}{r.loss_error:>9.4f}{r.perplexity:>12.2f}"
-            f"{r.bits_per_byte:>11.4f}"
+            f"{r.set:<16}{r.domain:<14}{r.tokens:>10,}{r.loss:>9.4f}{_told(r.loss_error, 4)}"
+            f"{r.perplexity:>12.2f}{_told(r.perplexity_error, 2)}{r.bits_per_byte:>11.4f}{_told(r.bits_error, 4)}"
         )
     return "\n".join(lines)
+
+
+def _told(error: float | None, digits: int) -> str:
+    return f"{'n/a' if error is None else f'{error:.{digits}f}':>9}"

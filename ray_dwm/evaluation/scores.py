@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.errors import DataError
+from ray_dwm.evaluation.contamination import Overlap
 
 EVALUATION = "evaluation.json"
 
@@ -76,16 +77,29 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     try:
         return [from_dict(values) for values in read_json(path)["evaluations"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}): remove it and evaluate anew") from None
+        raise _damaged(path, error) from None
 
 
-def read_overlaps(run_dir: Path) -> list[dict[str, Any]]:
-    """The guard's findings that are kept of a run."""
+def read_overlaps(run_dir: Path) -> list[Overlap]:
+    """The guard's findings that are kept of a run.
+
+    Raises:
+        DataError: evaluation.json is damaged.
+    """
     path = run_dir / EVALUATION
-    return list(read_json(path).get("overlaps", [])) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [Overlap(**values) for values in read_json(path).get("overlaps", [])]
+    except (TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
 
 
-def keep(run_dir: Path, evaluation: Evaluation | None, overlaps: Iterable[Mapping[str, Any]] = ()) -> None:
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is damaged ({error}): remove it and evaluate anew")
+
+
+def keep(run_dir: Path, evaluation: Evaluation | None, overlaps: Iterable[Overlap] = ()) -> None:
     """Add to a run's evaluation.json; a score takes the place of that of the same step, task and shots.
 
     Raises:
@@ -96,8 +110,8 @@ def keep(run_dir: Path, evaluation: Evaluation | None, overlaps: Iterable[Mappin
         made = {(score.task, score.shots) for score in evaluation.scores}
         kept = [_without(old, made) if old.step == evaluation.step else old for old in kept]
         kept = sorted([*(old for old in kept if old.scores), evaluation], key=lambda each: each.step or 0)
-    found = {(of["what"], of["against"]): dict(of) for of in (*read_overlaps(run_dir), *overlaps)}
-    content = {"evaluations": list(map(to_dict, kept)), "overlaps": list(found.values())}
+    found = {(of.what, of.against): of for of in (*read_overlaps(run_dir), *overlaps)}
+    content = {"evaluations": list(map(to_dict, kept)), "overlaps": list(map(asdict, found.values()))}
     write_whole(run_dir / EVALUATION, json.dumps(content, indent=2) + "\n")
 
 

@@ -28,6 +28,10 @@ with {weighting} weights. The resolved configuration is in `ray_dwm_config.yaml`
 """
 
 
+RUN_CONFIG = "ray_dwm_config.yaml"
+"""In an LM folder that a run has written: the run's configuration."""
+
+
 def save_lm(
     folder: Path,
     config: LlamaConfig,
@@ -48,7 +52,7 @@ def save_lm(
     model.load_state_dict(state)
     model.config.use_cache = True
     model.save_pretrained(folder)
-    (folder / "ray_dwm_config.yaml").write_text(config_yaml)
+    (folder / RUN_CONFIG).write_text(config_yaml)
     (folder / "README.md").write_text(_MODEL_CARD.format(name=name, tokens=tokens, steps=steps, weighting=weighting))
 
 
@@ -96,6 +100,12 @@ def save_dwm(folder: Path, shape: DwmShape, state: dict[str, Tensor], provenance
     save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def newest_dwm(folder: Path) -> Path | None:
+    """The last version in a run's dwm folder that is whole; None where there is none."""
+    versions = sorted(path for path in folder.glob("v*") if path.suffix != ".tmp")
+    return versions[-1] if versions else None
 
 
 def load_dwm(folder: Path, tokenizer_sha256: str | None = None) -> tuple[DataWeightingModel, dict[str, Any]]:

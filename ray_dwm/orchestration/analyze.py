@@ -16,6 +16,7 @@ from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.engine.setup import target_sets
 from ray_dwm.errors import DataError, UserError
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.proxies import named_lm
 from ray_dwm.orchestration.sweep import RaySweep
@@ -101,7 +102,7 @@ def preferences_of(run: Run, asked: Analysis, reference: str = "") -> dict[str, 
     }
     path = run.folder / FILE
     if path.is_file() and (kept := read_json(path)).get("depends_on") == depends_on:
-        print(f"[{run.name}] preferences are there already: {path}", flush=True)
+        say(f"preferences are there already: {path}", run=run.name)
         return kept
     batch = config.selection.proxy.batch
     wanted = Asked(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,8 @@ from ray_dwm.engine.rundir import check, stop_path
 from ray_dwm.engine.setup import check_checkpoint, check_data, seq_len
 from ray_dwm.errors import DwmError, Stopped, TrainingError
 from ray_dwm.experimenting import NEEDS, Cell, ExperimentConfig, needed, run_config
+from ray_dwm.logs import say
+from ray_dwm.models.hf import newest_dwm
 from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.run import absolute
 from ray_dwm.orchestration.select import plan_selection, with_selection
@@ -49,8 +50,7 @@ def _left(experiment: ExperimentConfig, key: str, other: Cell) -> Path:
     run = experiment.folder / other.path
     if NEEDS[key] == "run":
         return run
-    versions = sorted((run / "dwm").glob("v*"))
-    return run / "dwm" if NEEDS[key] == "dwm" else versions[-1] if versions else run / "dwm" / "newest"
+    return run / "dwm" if NEEDS[key] == "dwm" else newest_dwm(run / "dwm") or run / "dwm" / "newest"
 
 
 def check_cell(experiment: ExperimentConfig, cell: Cell, config: RunConfig) -> None:
@@ -158,7 +158,7 @@ def begin(experiment: ExperimentConfig, cell: Cell, device: str, at_once: int) -
 
 def fail(experiment: ExperimentConfig, cell: Cell, reason: str) -> None:
     """Write down, and say, why a cell is not done."""
-    print(f"{cell.path} failed: {reason}", file=sys.stderr, flush=True)
+    say(f"warning: {cell.path} failed: {reason}")
     path = record_path(experiment.folder, cell)
     _write(path, {**_read(path), "state": "failed", "reason": " ".join(reason.split())})
 

@@ -212,4 +212,15 @@ def preflight(config: RunConfig) -> int:
             f"only {fit} of {cluster.least_workers} workers of {cluster.cpus_per_worker:g} CPUs and "
             f"{cluster.gpus_per_worker:g} GPUs fit the cluster's nodes: lower cluster.workers or what a worker asks for"
         )
+    _check_evaluation(config)
     return min(fit, cluster.most_workers)
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Also where it runs after training alone: a run would wait for it without end."""
+    asked = {"CPU": config.evaluation.cpus, "GPU": config.evaluation.gpus} if config.evaluation.tasks else {}
+    if any(asked.values()) and not fitting([node["Resources"] for node in alive_nodes()], asked):
+        raise ResourceError(
+            f"an evaluation of {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs fits no node of the cluster: lower "
+            "evaluation.cpus or evaluation.gpus"
+        )

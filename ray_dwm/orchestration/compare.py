@@ -12,6 +12,7 @@ from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import format_table, verdict
 from ray_dwm.config import RunConfig
 from ray_dwm.errors import ConfigError, TrainingError, UserError
+from ray_dwm.logs import say
 from ray_dwm.orchestration.analyze import Analysis, preferences_of
 from ray_dwm.orchestration.train import train
 
@@ -45,5 +46,5 @@ def _preferences(run: Run, report: Path) -> dict[str, Any] | str:
     try:
         return preferences_of(run, Analysis(output=report))
     except (UserError, TrainingError) as error:  # as of a short run; the report is there all the same
-        print(f"[{run.name}] what it preferred is left out: {error}", flush=True)
+        say(f"what it preferred is left out: {error}", run=run.name)
         return str(error)

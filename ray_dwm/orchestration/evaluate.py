@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,7 +60,7 @@ class Evaluations:
         self._config, self._run_dir = config, config.run_dir
         self._seen: set[int | None] = set()
         if config.evaluation.tasks:
-            scores.keep(self._run_dir, None, map(asdict, found))
+            scores.keep(self._run_dir, None, found)
             self._seen.update(of.step for of in scores.read_evaluations(self._run_dir))
         self._running: tuple[int, Any] | None = None
         self._failed: list[str] = []
@@ -138,6 +137,7 @@ class Evaluations:
             num_cpus=asked.cpus,
             num_gpus=asked.gpus,
             max_retries=0,
+            scheduling_strategy="DEFAULT",  # a sweep's trial lies in a placement group that holds its driver alone
             runtime_env={"env_vars": environment},
         )
         self._running = (step, remote.remote(to_dict(self._config), checkpoint and str(checkpoint), step))

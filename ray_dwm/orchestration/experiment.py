@@ -19,6 +19,7 @@ from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.data.records import LOCK, locked, write_whole
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
 from ray_dwm.experimenting import Cell, ExperimentConfig, grid, needed
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import Train, begin, fail, is_done, run_cell
 from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight, warn_if_temporary
 from ray_dwm.orchestration.experiment_checks import check, largest, resources_of
@@ -81,7 +82,7 @@ def experiment(
     todo = [cell for cell in cells if not is_done(config, cell)]
     runs = check(config, [cell for cell in grid(config) if cell in cells or is_done(config, cell)])
     told = f"{len(cells)} cells, {len(cells) - len(todo)} are done"
-    print(f"experiment {config.name}: {told}: {config.folder}", flush=True)
+    say(f"experiment {config.name}: {told}: {config.folder}")
     device = (ready or make_ready)([runs[cell] for cell in todo]) if todo else ""
     config.folder.mkdir(parents=True, exist_ok=True)
     with locked(config.folder / LOCK, partial(_in_use, config)):
@@ -137,7 +138,7 @@ def _one_after_another(config: ExperimentConfig, cells: Sequence[Cell], train: T
     """Run cells in turn; those that have failed are returned."""
     failed: list[Cell] = []
     for number, cell in enumerate(cells, start=1):
-        print(f"\n[{number} of {len(cells)}] {cell.path}", flush=True)
+        say(f"[{number} of {len(cells)}] {cell.path}")
         lacking = [other.path for other in needed(config, cell).values() if other in failed]
         begin(config, cell, device, 1)
         if lacking:

@@ -19,6 +19,7 @@ from ray_dwm.analysis.grid import EXPERIMENT, record_path
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import Stopped
 from ray_dwm.experimenting import Cell, ExperimentConfig, needed
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import begin, fail, has_failed, is_done
 
 _POLL_S = 0.5
@@ -95,7 +96,7 @@ class Pool:
     def _start(self, cell: Cell) -> None:
         begin(self._config, cell, self._device, self._most)
         log = record_path(self._config.folder, cell).with_suffix(".log")
-        print(f"{cell.path} begins: {log}", flush=True)
+        say(f"{cell.path} begins: {log}")
         file = str(self._config.folder / EXPERIMENT)
         with log.open("ab") as stream:
             self._running[cell] = subprocess.Popen(
@@ -114,7 +115,7 @@ class Pool:
                 continue
             del self._running[cell]
             if is_done(self._config, cell):
-                print(f"{cell.path} is done", flush=True)
+                say(f"{cell.path} is done")
             elif not self._stopping:
                 if not has_failed(self._config, cell):
                     fail(self._config, cell, f"its driver ended with code {process.returncode}, see its log")

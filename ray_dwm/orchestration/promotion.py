@@ -11,6 +11,7 @@ from ray_dwm.analysis.grid import read_grid
 from ray_dwm.analysis.tuning import Row, Trial
 from ray_dwm.config import RunConfig
 from ray_dwm.experimenting import ExperimentConfig, MethodConfig, SizeConfig
+from ray_dwm.models.hf import newest_dwm
 from ray_dwm.orchestration.study import TRIALS
 from ray_dwm.tuning import UNIFORM, TuneConfig, scale_config, with_values
 
@@ -22,7 +23,12 @@ Dwms = dict[str, Path]
 def dwms_of(config: TuneConfig, chosen: Sequence[Trial]) -> Dwms:
     """What promoted trials have learnt at the first scale; a trial without a DWM has none."""
     folders = {trial.id: config.folder / TRIALS / trial.id / "dwm" for trial in chosen}
-    return {name: folder for name, folder in folders.items() if (folder / "trajectory.json").is_file()}
+    return _learnt(folders)
+
+
+def _learnt(folders: Dwms) -> Dwms:
+    there = {name: folder for name, folder in folders.items() if (folder / "trajectory.json").is_file()}
+    return {name: folder for name, folder in there.items() if newest_dwm(folder) is not None}
 
 
 def promoted(config: TuneConfig, scale: str, chosen: Sequence[Trial], dwms: Dwms) -> ExperimentConfig:
@@ -61,7 +67,7 @@ def _method(trial: str, how: str) -> str:
 def _given(how: str, folder: Path) -> dict[str, str]:
     if how == "replay":
         return {"dwm.mode": "replay", "dwm.trajectory": str(folder)}
-    return {"dwm.mode": how, "dwm.init_from": str(sorted(folder.glob("v*"))[-1])}
+    return {"dwm.mode": how, "dwm.init_from": str(newest_dwm(folder))}
 
 
 def rows_of(config: TuneConfig, experiment: ExperimentConfig, chosen: Sequence[Trial]) -> list[Row]:
@@ -82,7 +88,7 @@ def dwms_at(experiment: ExperimentConfig, chosen: Sequence[Trial]) -> Dwms:
     """What the settings have learnt at a later scale, by the first seed."""
     (scale,), seed = experiment.sizes, experiment.seeds[0]
     folders = {t.id: experiment.folder / scale / _method(t.id, "learn") / f"seed-{seed}" / "dwm" for t in chosen}
-    return {name: folder for name, folder in folders.items() if (folder / "trajectory.json").is_file()}
+    return _learnt(folders)
 
 
 def config_of(config: TuneConfig, scale: str, row: Row, trials: Sequence[Trial], dwms: Dwms) -> RunConfig:

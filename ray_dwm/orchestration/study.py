@@ -116,7 +116,9 @@ def check_study(config: TuneConfig, base: RunConfig) -> None:
     """
     with _named(config):
         url = make_url(url_of(config))
-        if url.get_backend_name() == "sqlite" and url.database:
+        if url.get_backend_name() == "sqlite":
+            if url.database in (None, "", ":memory:"):
+                raise sqlite3.OperationalError("it is in memory, and would be forgotten")
             path = Path(url.database)
             if not path.exists():
                 if config.study and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
@@ -163,7 +165,10 @@ def _made_for(config: TuneConfig, base: RunConfig) -> dict[str, dict[str, str]]:
     """What must be the same for a study to be continued, as text."""
     own = {key: str(value) for key, value in dotted(to_dict(base)).items() if not is_free(key, base) and key != "name"}
     aims = {"measure": config.measure, "objectives": ", ".join(config.objectives)}
-    return {"metric": aims, "space": {k: described(d) for k, d in config.space.items()}, "configuration": own}
+    # Sweeps of other folders may share a database and have the same name: their trials' runs are not here.
+    folder = {"storage": str(config.folder)} if config.study else {}
+    space = {key: described(domain) for key, domain in config.space.items()}
+    return {"metric": aims, "space": space, "folder": folder, "configuration": own}
 
 
 def _compare(config: TuneConfig, base: RunConfig, study: optuna.Study) -> None:

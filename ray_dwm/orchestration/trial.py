@@ -12,7 +12,6 @@ import os
 import threading
 import time
 import typing
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,16 +50,13 @@ def trial_config(base: RunConfig, given: dict[str, Any], trials: Path) -> RunCon
     return dataclasses.replace(with_values(base, values_of(given)), storage=str(trials), name=given["folder"])
 
 
-def run_trial(
-    given: dict[str, Any], *, base: dict[str, Any], trials: Path, measure: str, early: bool, tracked: bool
-) -> None:
+def run_trial(given: dict[str, Any], *, base: dict[str, Any], trials: Path, measure: str, tracked: bool) -> None:
     """What Tune calls, in a process of its own.
 
     Args:
         given: dotted key -> value, and the trial's folder and control.
         base: the run without a trial's values, as plain values with absolute paths.
         measure: the evaluation set whose loss counts.
-        early: trials may be ended early; controls are spared, by telling Tune of their end alone.
         tracked: keep Ray Train's state for a dashboard.
 
     Raises:
@@ -72,7 +68,7 @@ def run_trial(
     try:
         config = trial_config(typing.cast(RunConfig, build(RunConfig, base)), given, trials)
         _outlive(config.run_dir / LOCK)
-        with nullcontext() if early and given["control"] else Curve(config, measure):
+        with Curve(config, measure):
             summary = train(config)
     except Exception as error:
         reason = str(error) if isinstance(error, DwmError) else f"{type(error).__name__}: {error}"

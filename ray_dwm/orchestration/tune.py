@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -30,16 +31,19 @@ from ray_dwm.engine.setup import check_data, evaluation_sets
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import ConfigError, DataError, Stopped, TrainingError, UserError
 from ray_dwm.experimenting import grid
+from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import tokens
 from ray_dwm.orchestration.cluster import alive_nodes, connect, warn_if_temporary
+from ray_dwm.orchestration.evaluate import check_tasks
 from ray_dwm.orchestration.experiment import experiment, make_ready
+from ray_dwm.orchestration.experiment_checks import check as check_experiment
 from ray_dwm.orchestration.experiment_checks import largest
 from ray_dwm.orchestration.prepare import prepare_sets, sets_to_make
 from ray_dwm.orchestration.promotion import Dwms, dwms_at, dwms_of, promoted, rows_of
 from ray_dwm.orchestration.room import at_once, driver_resources
 from ray_dwm.orchestration.run import absolute
 from ray_dwm.orchestration.study import TRIALS, check_study, history, in_use, left, open_study, searcher
-from ray_dwm.orchestration.trial import STATE_TRACKING, run_trial
+from ray_dwm.orchestration.trial import STATE_TRACKING, curve, run_trial
 from ray_dwm.orchestration.tune_progress import Progress
 from ray_dwm.orchestration.tune_report import Found, Stage, write_report
 from ray_dwm.tuning import TuneConfig, probes, scale_config, values_of
@@ -79,10 +83,19 @@ def check(config: TuneConfig, *, prepare: bool = True) -> Checked:
             prepare_sets(run, missing_only=True)
     there = {scale: run for scale, run in bases.items() if prepare or _is_prepared(run)}
     _check_tokenizers(config, {scale: check_data(run) for scale, run in there.items()})
-    for probe in found.probes if config.first in there else ():
-        check_data(probe)
+    for run in there.values():
+        for probe in probes(config, run):
+            check_data(probe)
+    if config.first in there:
+        _check_asha(config, there[config.first])
+    for scale in list(config.scales)[1:]:
+        declared = promoted(config, scale, [], {})  # what is promoted is not known yet, the controls are
+        if scale in there:
+            check_experiment(declared, grid(declared))
     check_study(config, bases[config.first])
     check_folder(bases[config.first])
+    if prepare and not config.folder.exists():  # a task that is refused would fail every trial
+        check_tasks(bases[config.first])
     return found
 
 
@@ -100,6 +113,14 @@ def _check_tokenizers(config: TuneConfig, manifests: Mapping[str, Manifest]) -> 
                 f"{manifests[first].tokenizer_name}, another one: a DWM of sweep {config.name} could not go from one "
                 "to the other, prepare both with the same"
             )
+
+
+def _check_asha(config: TuneConfig, run: RunConfig) -> None:
+    if config.asha.grace_tokens >= tokens(run):
+        raise ConfigError(
+            f"asha.grace_tokens is {config.asha.grace_tokens}, and a trial trains on {tokens(run)} tokens: lower it, "
+            "or set it to 0 to end none early"
+        )
 
 
 def tune(config: TuneConfig) -> Found:
@@ -155,7 +176,7 @@ def concurrency(config: TuneConfig, runs: Sequence[RunConfig]) -> int:
     nodes = [node["Resources"] for node in alive_nodes()]
     room = min(at_once(nodes, run) for run in runs)
     if config.concurrent > room:
-        print(f"[{config.name}] concurrent is {config.concurrent}, the cluster has room for {room} at once", flush=True)
+        say(f"concurrent is {config.concurrent}, the cluster has room for {room} at once", run=config.name)
     return min(room, config.concurrent or room)
 
 
@@ -163,23 +184,19 @@ def _search(plan: Checked, study: optuna.Study, before: Sequence[Trial]) -> None
     """Let Tune run what is left; what it is told is in the study."""
     config, base = plan.config, absolute(plan.bases[plan.config.first])
     parallel, number = concurrency(config, [base, *plan.probes]), left(config, list(before))
-    print(
-        f"[{config.name}] {config.total} trials, {config.total - number} have ended, {parallel} at once: "
-        f"{config.folder}",
-        flush=True,
-    )
+    told = f"{config.total} trials, {config.total - number} have ended, {parallel} at once: {config.folder}"
+    say(told, run=config.name)
     driver = ray_tune.PlacementGroupFactory([driver_resources(ray.cluster_resources())])
     trainable = ray_tune.with_parameters(
         run_trial,
         base=to_dict(base),
         trials=config.folder / TRIALS,
         measure=config.measure,
-        early=config.asha.grace_tokens > 0,
         tracked=STATE_TRACKING in os.environ,
     )
     scheduler = None
     if config.asha.grace_tokens:
-        scheduler = ASHAScheduler(
+        scheduler = Asha(
             time_attr="tokens",
             metric="loss",
             mode="min",
@@ -187,6 +204,9 @@ def _search(plan: Checked, study: optuna.Study, before: Sequence[Trial]) -> None
             max_t=tokens(base),
             reduction_factor=config.asha.reduction,
         )
+        for trial in finished(before):
+            path = config.folder / TRIALS / trial.id / "metrics.jsonl"
+            scheduler.remember(trial.id, curve(path, f"val/{config.measure}/loss"))
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trainable, driver),
         tune_config=ray_tune.TuneConfig(
@@ -210,6 +230,23 @@ def _search(plan: Checked, study: optuna.Study, before: Sequence[Trial]) -> None
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     with in_use(config), on_sigterm(lambda: os.kill(os.getpid(), signal.SIGINT)):  # which Tune takes as a request
         tuner.fit()
+
+
+class Asha(ASHAScheduler):
+    """Ends no control early, for all else is held against them, and can be told what had ended before."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """See TrialScheduler; what controls report counts for the others."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if trial.config["control"] else decision
+
+    def remember(self, trial: str, points: Iterable[Mapping[str, Any]]) -> None:
+        """Take the curve of a trial that has ended: a sweep that is continued holds others against it too."""
+        ended = SimpleNamespace(trial_id=trial, config={"control": ""})
+        self.on_trial_add(None, ended)
+        for point in points:
+            self.on_trial_result(None, ended, dict(point))
+        self.on_trial_remove(None, ended)
 
 
 def _folder_name(trial: Any) -> str:

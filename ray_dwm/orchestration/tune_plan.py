@@ -22,10 +22,7 @@ from ray_dwm.orchestration.study import distribution
 from ray_dwm.orchestration.tune import Checked, concurrency
 from ray_dwm.orchestration.tune_progress import text
 from ray_dwm.planning.plan import as_configured
-from ray_dwm.tuning import CONTROLS, UNIFORM, TuneConfig, default_of, with_values
-
-_LATER = "learnt by then"
-"""Stands for a folder that is not there yet."""
+from ray_dwm.tuning import CONTROLS, LATER, UNIFORM, TuneConfig, default_of, with_values
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def planned(checked: Checked) -> list[Planned]:
         found.append(Planned(scale, "uniform", with_values(base, UNIFORM), times=seeds))
         found.append(Planned(scale, "defaults", base, times=seeds))
         for how in ("learn", *config.transfer):
-            own = {"dwm.mode": how, **({} if how == "learn" else {"dwm.init_from": _LATER, "dwm.trajectory": _LATER})}
+            own = {"dwm.mode": how, **({} if how == "learn" else {"dwm.init_from": LATER, "dwm.trajectory": LATER})}
             found.append(Planned(scale, f"promoted, {how}", with_values(base, own), times=config.promote * seeds))
     return [each for each in found if each.times]
 

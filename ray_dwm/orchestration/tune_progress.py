@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ray_dwm.analysis.tuning import Trial
+from ray_dwm.logs import say
 from ray_dwm.orchestration.trial import COMPLETE
 
 
@@ -64,7 +65,7 @@ class Progress(Callback):
         if self._live is None:
             line = "  ".join(part for part in self._line(trial.config["folder"]) if part)
             ended = sum(shown["state"] in ("done", "ended early", "failed") for shown in self._trials.values())
-            print(f"[{self._title}] {ended} of {self._total} ended  {line}", flush=True)
+            say(f"{ended} of {self._total} ended  {line}", run=self._title)
 
     def _note(self, trial: Any, state: str, result: Mapping[str, Any]) -> None:
         name = trial.config["folder"]

@@ -10,9 +10,10 @@ from synthetic_runs import STEPS, write_run
 
 from ray_dwm.analysis import cautions
 from ray_dwm.analysis.cautions import Caution
-from ray_dwm.analysis.results import Overlap
 from ray_dwm.analysis.runs import open_run
 from ray_dwm.analysis.statistics import Interval
+from ray_dwm.evaluation.contamination import Overlap
+from ray_dwm.evaluation.scores import keep
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,12 @@ def test_over_seeds_intervals_decide() -> None:
     assert cautions.traded_over_seeds(Interval(1, -0.5, None, None), {"a": worse}) == []
 
 
+def overlap(what: str, overlapping: int) -> Overlap:
+    return Overlap(what=what, against="train", items=300, judged=200, overlapping=overlapping, words=13, of=what)
+
+
 def test_contamination_above_its_threshold() -> None:
-    found = cautions.contaminated([Overlap("test", "train", 0.02, 0.01), Overlap("target", "train", 0.01, 0.01)])
+    found = cautions.contaminated([overlap("test", 4), overlap("target", 2)])
     assert [(one.found, one.rule) for one in found] == [
         ("2.00% of test are also in train: its figures flatter", "overlap above 1.00%")
     ]
@@ -99,9 +104,7 @@ def test_warnings_of_runs_and_pairs(tmp_path: Path) -> None:
     summary["final"]["val/test/loss"] = 3.5
     (dwm / "summary.json").write_text(json.dumps(summary))
     (dwm / "messages.log").write_text("[d] warning: look\n")
-    (dwm / "contamination.json").write_text(
-        json.dumps({"sets": [{"name": "test", "against": "train", "overlap": 0.5, "threshold": 0.1}]})
-    )
+    keep(dwm, None, [overlap("sea", 100)])
     runs = [open_run(uniform), open_run(dwm)]
     found = cautions.of_runs(runs, runs[0])
     # 8 sequences a step of 80; ESS 7.5 of 8 is above the guard but not above twice that.

@@ -110,6 +110,7 @@ def test_the_report_says_what_was_found() -> None:
     assert "| 0000 | the scale before's DWMs, replayed | 2.5000 | 1.0% | 1 |" in told
     assert "Recommended at scale large: trial 0000" in told and "bilevel.every=1, dwm.size=xs" in told
     assert "- Trial 0009 failed: a <b> | reason" in told
+    assert "tasks of scale large: scale-large/leaderboard.html." in told
     page = html(content())
     assert "a &lt;b&gt;" in page and "<svg" in page and "bilevel." in page
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from synthetic_runs import TOKENS, write_run
 
 from ray_dwm.analysis.report import write_report
-from ray_dwm.analysis.results import overlaps, scores
+from ray_dwm.analysis.results import scores
 from ray_dwm.analysis.runs import open_run
 from ray_dwm.analysis.task_curves import task_curves
 from ray_dwm.evaluation.contamination import Overlap
-from ray_dwm.evaluation.scores import Evaluation, Score, keep
+from ray_dwm.evaluation.scores import Evaluation, Score, keep, read_overlaps
 
 
 def evaluation(step: int, task: str = "sea", **values: float) -> Evaluation:
@@ -53,7 +52,7 @@ def test_a_figure_where_there_are_scores_of_several_steps(tmp_path: Path) -> Non
 def test_the_reports_table_has_what_was_kept(tmp_path: Path) -> None:
     run = write_run(tmp_path, "u", method="uniform", final=3.0)
     overlap = Overlap(what="sea", against="the training set", items=20, judged=20, overlapping=1, words=13, of="digest")
-    keep(run, evaluation(5, acc=0.125), [asdict(overlap)])
+    keep(run, evaluation(5, acc=0.125), [overlap])
     keep(run, evaluation(10, acc=0.25))
     keep(run, evaluation(10, task="sky", acc=0.75))  # asked for later
     found = scores(open_run(run))
@@ -61,4 +60,4 @@ def test_the_reports_table_has_what_was_kept(tmp_path: Path) -> None:
         ("sea", "acc", 0): (0.25, 0.05),
         ("sky", "acc", 0): (0.75, 0.05),
     }
-    assert [(of.name, of.overlap) for of in overlaps(open_run(run)) or []] == [("sea", 0.05)]
+    assert read_overlaps(run) == [overlap] and overlap.share == 0.05

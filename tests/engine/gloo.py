@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,8 @@ def run(world: int, folder: Path, function: Callable[..., Any], *arguments: Any)
     out = folder / "result.pt"
     store = folder / f"store-{uuid.uuid4().hex}"  # a new file each time: an earlier group may still hold the old one
     if world == 1:
-        _entry(0, 1, str(store), function, arguments, str(out))
+        with patch.dict(os.environ):  # this process lives on, and other libraries read LOCAL_RANK too
+            _entry(0, 1, str(store), function, arguments, str(out))
     else:
         mp.start_processes(
             _entry,

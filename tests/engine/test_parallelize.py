@@ -58,9 +58,15 @@ def flat(config: RunConfig) -> list[str]:
     """The configuration as overrides, but for what a layout names."""
     sections = to_dict(config)
     kept = {k: v for k, v in sections.items() if isinstance(v, dict) and k not in ("cluster", "parallel")}
-    overrides = [f"{s}.{k}={v}" for s, values in kept.items() for k, v in values.items() if not isinstance(v, dict)]
+    overrides = [
+        f"{s}.{k}={text(v)}" for s, values in kept.items() for k, v in values.items() if not isinstance(v, dict)
+    ]
     sets = [f"data.held_out.{k}={v}" for k, v in config.data.held_out.items()]
     return [*overrides, *sets, f"storage={config.storage}"]
+
+
+def text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def assert_alike(found: dict[str, list[dict[str, float]]], expected: list[dict[str, float]]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from texts import CODE, HILL, SEA, shuffled_words, text_shards
 
+from ray_dwm.data.manifest import load_manifest
 from ray_dwm.errors import DataError
 from ray_dwm.evaluation import contamination
 from ray_dwm.evaluation.contamination import Index, guard, overlaps, refuse
@@ -38,6 +38,12 @@ def test_thirteen_words_in_a_row_and_no_fewer(text: str, hits: int) -> None:
     index = Index({"task": [said(WORDS[:30]), said(LETTERS), said(WORDS[:5])]})
     assert index.overlapping([[text]]) == {"task": hits}
     assert index.judged == {"task": 2}
+
+
+def test_the_same_letters_in_another_unicode_form_are_the_same() -> None:
+    words = [f"\u00e9{number}" for number in range(13)]
+    found = Index({"task": [said(words)]}).overlapping([[said(words).replace("\u00e9", "e\u0301")]])
+    assert found == {"task": 1}
 
 
 def test_items_are_counted_once_and_for_their_own_set() -> None:
@@ -97,9 +103,9 @@ def test_what_is_known_is_not_read_again(sets: dict[str, str], monkeypatch: pyte
     tasks = {"one": [SEA], "two": [HILL]}
     first = guard(tasks, sets["pool"], {"target": sets["target"]})
     monkeypatch.setattr(contamination, "blocks_of", lambda manifest: pytest.fail("the shards were read again"))
-    assert guard(tasks, sets["pool"], {"target": sets["target"]}, map(asdict, first)) == first
+    assert guard(tasks, sets["pool"], {"target": sets["target"]}, first) == first
     with pytest.raises(pytest.fail.Exception):
-        guard({**tasks, "two": [CODE]}, sets["pool"], {}, map(asdict, first))
+        guard({**tasks, "two": [CODE]}, sets["pool"], {}, first)
 
 
 def test_rows_that_follow_each_other_are_one_text(tmp_path: Path) -> None:
@@ -111,6 +117,19 @@ def test_rows_that_follow_each_other_are_one_text(tmp_path: Path) -> None:
     found = overlaps({"task": [pieces[0]]}, {"pool": manifest})
     assert found[0].overlapping == 1
     assert all(len(row.split()) < 20 for row in contamination.row_texts(manifest))
+
+
+def test_what_takes_long_says_how_far_it_is(
+    sets: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contamination, "_TELL_S", 0.0)
+    monkeypatch.setattr(contamination, "_BLOCK_ROWS", 1)
+    manifest = load_manifest(sets["pool"])
+    assert manifest.rows > 2
+    overlaps({"task": [SEA]}, {"the training set": manifest})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == manifest.rows - 1  # the last is the end
+    assert lines[0].startswith(f"looking for overlaps with the training set: {1 / manifest.rows:.0%} read, about 0 min")
 
 
 def test_shards_without_a_tokenizer_are_refused(shards: dict[str, Path]) -> None:

@@ -14,8 +14,9 @@ from texts import TOKENIZER
 
 from ray_dwm.data.tokenization import Tokenizer, copy_tokenizer
 from ray_dwm.errors import DataError, UserError
-from ray_dwm.evaluation.harness import Tasks, weights_digest
+from ray_dwm.evaluation.harness import Tasks, _load_lm, weights_digest
 from ray_dwm.evaluation.scores import Score
+from ray_dwm.models.hf import RUN_CONFIG
 from ray_dwm.models.lm import build_lm, lm_config
 
 VOCAB = 8192
@@ -64,6 +65,28 @@ def files(tmp_path: Path) -> list[str]:
 
 def by_metric(scores: Any, shots: int = 0) -> dict[tuple[str, str], Score]:
     return {(score.task, score.metric): score for score in scores if score.shots == shots}
+
+
+def test_a_runs_lm_sees_no_mark_that_it_was_not_trained_with(tmp_path: Path) -> None:
+    folder = make_lm(tmp_path / "lm", knows=True)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    mark = content["added_tokens"][0]  # as Llama's tokenizers begin every text with one
+    piece = {"SpecialToken": {"id": mark["content"], "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {mark["content"]: {"id": mark["content"], "ids": [mark["id"]], "tokens": [mark["content"]]}},
+    }
+    path.write_text(json.dumps(content))
+    theirs = _load_lm(folder, 1, "cpu").tok_encode("the sea")
+    (folder / RUN_CONFIG).write_text("")
+    of_lm = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**of_lm, "eos_token_id": 5}))
+    ours = _load_lm(folder, 1, "cpu")
+    assert [mark["id"], *ours.tok_encode("the sea")] == theirs
+    assert ours.prefix_token_id == 5
 
 
 def test_an_lm_that_knows_nothing_scores_what_can_be_counted(files: list[str], tmp_path: Path) -> None:

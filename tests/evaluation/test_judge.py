@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_scores_are_printed_kept_and_written(run: RunConfig, tmp_path: Path) -> 
         == json.loads((run.run_dir / "evaluation.json").read_text())["evaluations"][0]["scores"]
     )
     assert [row["set"] for row in written["perplexity"]] == ["held_out"] and "held_out" in printed
-    assert written["overlaps"] == read_overlaps(run.run_dir) and len(written["overlaps"]) == 3
+    assert written["overlaps"] == list(map(asdict, read_overlaps(run.run_dir))) and len(written["overlaps"]) == 3
     assert (tmp_path / "yaml" / "clean.yaml").is_file()
     before = (run.run_dir / "evaluation.json").read_bytes()
     evaluate(run.run_dir, "--tasks", file)

@@ -14,7 +14,7 @@ from synthetic import VOCAB, make_shards
 from ray_dwm.data.manifest import DomainStats, Manifest
 from ray_dwm.data.shards import write_shard
 from ray_dwm.errors import DataError, UserError
-from ray_dwm.evaluation.perplexity import evaluate, evaluate_folders, format_table, load_lm
+from ray_dwm.evaluation.perplexity import _result, evaluate, evaluate_folders, format_table, load_lm
 from ray_dwm.models.lm import build_lm, lm_config
 
 
@@ -64,6 +64,23 @@ def test_bits_per_byte_and_mask_by_hand(tmp_path: Path) -> None:
     (result,) = evaluate(load_lm(uniform_lm(tmp_path / "lm")), folder)
     assert result.tokens == 2
     assert result.bits_per_byte == pytest.approx(math.log2(VOCAB) / 4)
+    assert (result.loss_error, result.perplexity_error, result.bits_error) == (None, None, None)  # of one sequence
+    assert format_table([result]).splitlines()[1].split().count("n/a") == 3
+
+
+def test_standard_errors_by_hand() -> None:
+    """Sequences of 1 and 3 nats over 2 tokens each: residuals of 1, so sqrt(2 / 1 * 2) / 4 = 0.5 nats per token."""
+    nats, tokens = np.array([1.0, 3.0]), np.array([2, 2])
+    result = _result("s", "all", nats, tokens, np.array([4.0, 4.0]))
+    assert (result.loss, result.loss_error) == (1.0, pytest.approx(0.5))
+    assert result.perplexity_error == pytest.approx(math.e / 2)
+    assert (result.bits_per_byte, result.bits_error) == (
+        pytest.approx(0.25 / math.log(2)),
+        pytest.approx(0.125 / math.log(2)),
+    )
+    # Where bytes explain the losses, bits per byte are exact and nats per token are not.
+    result = _result("s", "all", nats, tokens, np.array([1.0, 3.0]))
+    assert result.bits_error == pytest.approx(0.0) and result.loss_error == pytest.approx(0.5)
 
 
 def test_a_larger_vocabulary_than_the_lms_is_refused(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_a_cluster_that_takes_nobody(monkeypatch: pytest.MonkeyPatch, error: Exc
         (["cluster.cpus_per_worker=9"], "the run needs 11 CPUs"),
         (["cluster.gpus_per_worker=1"], "the run needs 1 GPUs"),
         (["cluster.dwm_gpus=0.5"], "the run needs 0.5 GPUs"),
+        (["evaluation.tasks=t.jsonl", "evaluation.gpus=1"], "an evaluation of 0 CPUs and 1 GPUs fits no node"),
+        (["evaluation.tasks=t.jsonl", "evaluation.cpus=6"], "an evaluation of 6 CPUs and 0 GPUs fits no node"),
         (["cluster.cpus_per_worker=6"], "only 0 of 1 workers of 6 CPUs and 0 GPUs fit"),
     ],
 )

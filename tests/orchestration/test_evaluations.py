@@ -62,7 +62,7 @@ def test_a_run_is_evaluated_while_it_trains_and_at_its_end(
     assert "step 6: clean perplexity (0 shots)" in output and len(kept[6].scores) == 4
     assert kept[6].tokens == 6 * 8 * 48
     assert not list(config.run_dir.glob(".evaluation.*"))
-    assert {of["what"] for of in read_overlaps(config.run_dir)} == {"clean", "the target set"}
+    assert {of.what for of in read_overlaps(config.run_dir)} == {"clean", "the target set"}
     # The last checkpoint's export is the finished LM, and scores of either are those of the other.
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     train = load_manifest(config.data.train)
@@ -158,6 +158,7 @@ def test_the_next_checkpoint_passes_while_one_is_evaluated(
     assert faked.asked == [2]
     evaluations.finish()
     assert faked.asked == [2, 6] and faked.options["num_cpus"] == 0
+    assert faked.options["scheduling_strategy"] == "DEFAULT"  # a sweep's trial would ask its own placement group
     assert [of.step for of in read_evaluations(config.run_dir)] == [2, 6]
     told = (config.run_dir / MESSAGES).read_text()
     assert "step 4 is not evaluated: the evaluation of step 2 still runs" in told

@@ -119,7 +119,7 @@ def test_a_failed_cell_is_said_and_tried_again_and_the_others_go_on(
     board = (config.folder / "leaderboard.md").read_text()
     assert "- tiny/dwm/seed-0: failed: no memory." in board
     assert "- tiny/frozen/seed-0: failed: it needs tiny/dwm/seed-0, which failed." in board
-    assert "tiny/dwm/seed-0 failed: no memory" in capsys.readouterr().err
+    assert "tiny/dwm/seed-0 failed: no memory" in capsys.readouterr().out
     mended = Trainer()
     run(config, mended)
     assert set(mended.asked) == {

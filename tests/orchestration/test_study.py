@@ -189,6 +189,14 @@ def test_a_study_of_another_configuration_is_refused(base: RunConfig, shards: di
     check_study(sweep(tmp_path, trials=9), tiny_config(shards, tmp_path, "checkpoint.every=2"))  # more of the same
 
 
+def test_a_sweep_of_the_same_name_elsewhere_in_one_database_is_refused(base: RunConfig, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'all.db'}"
+    open_study(sweep(tmp_path, study=url), base)
+    check_study(sweep(tmp_path, study=url), base)
+    with pytest.raises(ConfigError, match=r"another folder: storage was .*/x, now it is .*/other/x"):
+        check_study(sweep(tmp_path / "other", study=url), base)
+
+
 def test_a_storage_that_cannot_be_used_is_named(base: RunConfig, tmp_path: Path) -> None:
     path = tmp_path / "x" / "study.db"
     path.write_text("no database at all, but long enough to be taken for one" * 40)
@@ -202,7 +210,12 @@ def test_a_storage_that_cannot_be_used_is_named(base: RunConfig, tmp_path: Path)
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UserError, match=r"cannot be used \(database is locked\): wait for whoever holds it"):
             check_study(sweep(tmp_path), base)
-    for url, reason in (("nonsense", "'nonsense' cannot be used"), ("mysql://u:secret@h/d", r"mysql://u:\*\*\*@h/d")):
+    for url, reason in (
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("nonsense", "'nonsense' cannot be used"),
+        ("mysql://u:secret@h/d", r"mysql://u:\*\*\*@h/d"),
+    ):
         with pytest.raises(UserError, match=reason) as raised:
             check_study(sweep(tmp_path, study=url), base)
         assert "secret" not in str(raised.value)

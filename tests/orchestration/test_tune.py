@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,17 +25,16 @@ from typer.testing import CliRunner
 
 from ray_dwm.analysis.tuning import Trial
 from ray_dwm.cli import app
-from ray_dwm.config import RunConfig, load, to_dict
+from ray_dwm.config import load
 from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import read_summary
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.experimenting import grid
-from ray_dwm.orchestration import trial
 from ray_dwm.orchestration.experiment import experiment
 from ray_dwm.orchestration.promotion import config_of, dwms_of, promoted, rows_of
 from ray_dwm.orchestration.study import TRIALS, url_of
 from ray_dwm.orchestration.trial import curve, trial_config, values_of
-from ray_dwm.orchestration.tune import check
+from ray_dwm.orchestration.tune import Asha, check
 from ray_dwm.orchestration.tune_plan import planned
 from ray_dwm.orchestration.tune_progress import Progress
 from ray_dwm.orchestration.tune_report import Stage, write_report
@@ -67,7 +65,7 @@ CHOSEN = Trial(id="0002", values={"bilevel.every": 3, "dwm.lr": 0.01}, state="do
 def with_dwm(config: TuneConfig) -> Path:
     """The dwm folder of a trial."""
     folder = config.folder / TRIALS / CHOSEN.id / "dwm"
-    for version in ("v000001", "v000004"):
+    for version in ("v000001", "v000004", "v000005.tmp"):  # the last was being written at a kill
         (folder / version).mkdir(parents=True)
     (folder / "trajectory.json").write_text("{}")
     return folder
@@ -155,6 +153,12 @@ def test_what_is_wrong_is_said_before_anything_starts(shards: dict[str, Path], t
         (["space.bilevel.target_batch.int=8,1000"], "asks for 1000"),
         (["data.train=/nowhere"], "/nowhere holds no manifest.json"),
         ([f"storage={tmp_path / 'tune.yaml'}"], "cannot be written"),
+        (["asha.grace_tokens=1000000"], "asha.grace_tokens is 1000000, and a trial trains on"),
+        (["evaluation.tasks=none.jsonl"], "none.jsonl cannot be read"),
+        # What only the later scale would meet, hours later.
+        (["seeds=0,0"], "seeds names 0 twice"),
+        (["scales.large.set.train.eval_every=8"], "too few points for a curve"),
+        (["scales.large.set.bilevel.target_batch=1000"], "asks for 1000"),
         (["study=sqlite:////proc/nowhere/study.db"], "cannot be used"),
     ]
     for overrides, message in wrong:
@@ -200,6 +204,18 @@ def test_the_shipped_cluster_sweep_is_planned(monkeypatch: pytest.MonkeyPatch) -
     assert "370m │ 370m │ 32 │ 8 │ 66 │ 8" in told and "1.3b │ 1.3b │ 10 │ 64 │ 514 │ 64" in told
     hours = [float(word.replace(",", "")) for word in re.findall(r"total: ([\d,]+) GPU-hours", told)]
     assert 3000 < hours[0] < 6000  # 32 x 75 at 370M, 10 x 200 at 1.3B
+
+
+def test_trials_end_early_by_those_before_and_controls_do_not() -> None:
+    asha = Asha(time_attr="tokens", metric="loss", mode="min", grace_period=10, max_t=100, reduction_factor=2)
+    for name, loss in (("a", 3.0), ("b", 3.2)):
+        asha.remember(name, [{"tokens": 5, "loss": 9.0}, {"tokens": 10, "loss": loss}, {"tokens": 100, "loss": 1.0}])
+    decisions = {}
+    for control, loss in (("", 3.5), ("uniform", 3.5), ("", 2.9)):
+        trial = SimpleNamespace(trial_id=f"{control}{loss}", config={"control": control})
+        asha.on_trial_add(None, trial)
+        decisions[control, loss] = asha.on_trial_result(None, trial, {"tokens": 10, "loss": loss})
+    assert decisions == {("", 3.5): asha.STOP, ("uniform", 3.5): asha.CONTINUE, ("", 2.9): asha.CONTINUE}
 
 
 def test_progress_is_a_line_for_each_beginning_and_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,27 +283,3 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
     assert report["recommended"]["loss"] == min(losses.values())
     assert load([config.folder / "recommended.yaml"]).name == "x-recommended"
     assert list((config.folder / "tune").glob("*/events.out.tfevents.*"))  # what TensorBoard shows
-
-
-@pytest.mark.parametrize(("control", "early", "told"), [("uniform", True, 1), ("uniform", False, 2), ("", True, 2)])
-def test_controls_are_not_ended_early(
-    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: str, early: bool, told: int
-) -> None:
-    """Tune can end a trial only when it hears of it before its end."""
-    heard: list[dict[str, float]] = []
-
-    def train(config: RunConfig) -> dict[str, Any]:
-        config.run_dir.mkdir(parents=True)
-        line = {"step": 3, "tokens": 30, "val/target/loss": 4.0}
-        (config.run_dir / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
-        time.sleep(0.2)
-        return {"tokens": 60, "final": {"val/target/loss": 3.0}, "overhead_frac": 0.1}
-
-    monkeypatch.setattr(trial, "train", train)
-    monkeypatch.setattr(trial, "_POLL_S", 0.02)
-    monkeypatch.setattr(trial.tune, "report", heard.append)
-    base = to_dict(scale_config(sweep(shards, tmp_path), "small"))
-    given = {"folder": "t", "control": control}
-    trial.run_trial(given, base=base, trials=tmp_path / "t", measure="target", early=early, tracked=False)
-    assert [one["loss"] for one in heard] == [4.0, 3.0][-told:]
-    assert "complete" in heard[-1] and all("complete" not in one for one in heard[:-1])
