@@ -213,7 +213,7 @@ def run_ranks(function: Callable[..., Any], workers: int, *arguments: Any, fresh
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     if device().type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
         store = dist.FileStore(f"{folder}/store", world)
         dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
     init_mesh()

@@ -50,6 +50,10 @@ VARIANTS: dict[str, list[str]] = {
     "first, every 20": [*FIRST, "bilevel.every=20"],
     "first, size s": [*FIRST, "dwm.size=s"],
     "first, LM features": [*FIRST, "dwm.lm_features=true"],
+    "updates 5": ["bilevel.updates=5"],
+    "updates 5, kl 0.1": ["bilevel.updates=5", "bilevel.kl=0.1"],
+    "updates 5, lr x2": ["bilevel.updates=5", "dwm.lr=6e-3"],
+    "updates 10": ["bilevel.updates=10"],
 }
 
 
@@ -67,11 +71,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     return {"final": final, "target_curve": curve, "mean_ess": sum(ess) / len(ess) if ess else 1.0}
 
 
-def measure(seed: int, variant: str) -> dict[str, Any]:
+def measure(seed: int, variant: str, everywhere: list[str]) -> dict[str, Any]:
     """One run; that it failed is a result too."""
     folder = Path(tempfile.mkdtemp())
     overrides = [f"seed={seed}", f"storage={folder}", "tracking.wandb=off", f"checkpoint.every={10**9}"]
-    config = load([CONFIG], [*overrides, *VARIANTS[variant]])
+    config = load([CONFIG], [*overrides, *everywhere, *VARIANTS[variant]])
     start = time.perf_counter()
     try:
         result = run_ranks(train, config.cluster.workers, config)
@@ -79,7 +83,7 @@ def measure(seed: int, variant: str) -> dict[str, Any]:
         result = {"failed": str(error).strip().splitlines()[-1]}
     finally:
         shutil.rmtree(folder)
-    run = {"seed": seed, "variant": variant, "overrides": VARIANTS[variant], **result}
+    run = {"seed": seed, "variant": variant, "overrides": [*everywhere, *VARIANTS[variant]], **result}
     return {**run, "seconds": time.perf_counter() - start}
 
 
@@ -118,6 +122,7 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="none: only print the table"
     )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all variants")
     parser.add_argument("--output", type=Path, default=RESULTS / "quickstart_search.json")
     args = parser.parse_args()
     unknown = set(args.variants) - VARIANTS.keys()
@@ -129,7 +134,7 @@ def main() -> None:
     for seed in args.seeds:
         for variant in args.variants:
             kept = [run for run in content["runs"] if (run["seed"], run["variant"]) != (seed, variant)]
-            content["runs"] = [*kept, measure(seed, variant)]
+            content["runs"] = [*kept, measure(seed, variant, args.set)]
             args.output.write_text(json.dumps(content, indent=2) + "\n")
             print(f"seed {seed} {variant}: {content['runs'][-1].get('final', 'failed')}", flush=True)
     print(table(content["runs"]))

@@ -210,7 +210,7 @@ def rows_of(console: Console, run: RunConfig, code: int) -> dict[str, Finding]:
     done = subprocess.run(
         command, capture_output=True, text=True, env=console.environment, cwd=ROOT, timeout=PATIENCE_S
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return {row["check"]: Finding(**row) for row in json.loads(done.stdout)}
 
 
