@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -123,6 +123,15 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell has put into the background ignores Ctrl-C, and so would the job's follower."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("stdin", "interrupts", "stopped", "code"),
     [
