@@ -22,6 +22,7 @@ from ray_dwm.config import RunConfig, build
 from ray_dwm.data.records import LOCK, is_locked, read_metrics, write_whole
 from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.errors import DwmError
+from ray_dwm.orchestration.progress import last_line
 from ray_dwm.orchestration.train import train
 from ray_dwm.tuning import UNIFORM, with_values
 
@@ -92,7 +93,7 @@ class Curve:
 
     def __init__(self, config: RunConfig, measure: str) -> None:
         self._path, self._key = config.run_dir / "metrics.jsonl", f"val/{measure}/loss"
-        self._last, self._told = config.train.steps, 0
+        self._every, self._last, self._told = config.train.eval_every, config.train.steps, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -108,10 +109,15 @@ class Curve:
 
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):
-            for point in curve(self._path, self._key):
-                if self._told < point["step"] < self._last:
-                    self._told = point["step"]
-                    tune.report({key: point[key] for key in ("tokens", "loss", "overhead")})
+            line = last_line(self._path)  # the whole file, which grows with every step, is read once an evaluation
+            if line is not None and line["step"] // self._every > self._told // self._every:
+                self._look()
+
+    def _look(self) -> None:
+        for point in curve(self._path, self._key):
+            if self._told < point["step"] < self._last:
+                self._told = point["step"]
+                tune.report({key: point[key] for key in ("tokens", "loss", "overhead")})
 
 
 def curve(path: Path, key: str) -> list[dict[str, Any]]:

@@ -30,10 +30,12 @@ from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import read_summary
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.experimenting import grid
+from ray_dwm.orchestration import trial
 from ray_dwm.orchestration.experiment import experiment
+from ray_dwm.orchestration.progress import last_line
 from ray_dwm.orchestration.promotion import config_of, dwms_of, promoted, rows_of
 from ray_dwm.orchestration.study import TRIALS, url_of
-from ray_dwm.orchestration.trial import curve, trial_config, values_of
+from ray_dwm.orchestration.trial import Curve, curve, trial_config, values_of
 from ray_dwm.orchestration.tune import Asha, check
 from ray_dwm.orchestration.tune_plan import planned
 from ray_dwm.orchestration.tune_progress import Progress
@@ -144,6 +146,31 @@ def test_a_curve_has_the_overhead_so_far(tmp_path: Path) -> None:
         {"step": 2, "tokens": 20, "loss": 3.0, "overhead": pytest.approx(0.5 / 3)}
     ]
     assert curve(tmp_path / "none", "val/target/loss") == []
+
+
+def test_a_curve_is_read_once_an_evaluation(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = scale_config(sweep(shards, tmp_path), "small")
+    told: list[dict[str, float]] = []
+    looks, read = [], []
+    monkeypatch.setattr(trial, "_POLL_S", 0.01)
+    monkeypatch.setattr(trial.tune, "report", told.append)
+    monkeypatch.setattr(trial, "last_line", lambda path: looks.append(path) or last_line(path))
+    monkeypatch.setattr(trial, "curve", lambda *given: read.append(given) or curve(*given))
+    base.run_dir.mkdir(parents=True)
+    with Curve(base, "target"), (base.run_dir / "metrics.jsonl").open("a") as stream:
+        for step in range(base.train.steps):
+            line = {"step": step, "tokens": 10 * step, "loss": 3.0}
+            if step % base.train.eval_every == 0:
+                line["val/target/loss"] = 4.0 - step
+            stream.write(f"{json.dumps(line)}\n")
+            stream.flush()
+            before = len(looks)
+            wait_for(lambda before=before: len(looks) > before + 2, "three looks at the line")
+    points = range(base.train.eval_every, base.train.steps, base.train.eval_every)
+    assert len(points) >= 1 and [report["tokens"] for report in told] == [10 * step for step in points]
+    assert len(read) == len(points)
 
 
 def test_what_is_wrong_is_said_before_anything_starts(shards: dict[str, Path], tmp_path: Path) -> None:
