@@ -71,13 +71,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     Raises:
         DataError: evaluation.json is damaged.
     """
-    path = run_dir / EVALUATION
-    if not path.is_file():
-        return []
-    try:
-        return [from_dict(values) for values in read_json(path)["evaluations"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+    return _read(run_dir)[0]
 
 
 def read_overlaps(run_dir: Path) -> list[Overlap]:
@@ -86,17 +80,19 @@ def read_overlaps(run_dir: Path) -> list[Overlap]:
     Raises:
         DataError: evaluation.json is damaged.
     """
+    return _read(run_dir)[1]
+
+
+def _read(run_dir: Path) -> tuple[list[Evaluation], list[Overlap]]:
     path = run_dir / EVALUATION
     if not path.is_file():
-        return []
+        return [], []
     try:
-        return [Overlap(**values) for values in read_json(path).get("overlaps", [])]
-    except (TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged ({error}): remove it and evaluate anew")
+        content = read_json(path)
+        evaluations = [from_dict(values) for values in content["evaluations"]]
+        return evaluations, [Overlap(**values) for values in content.get("overlaps", [])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): remove it and evaluate anew") from None
 
 
 def keep(run_dir: Path, evaluation: Evaluation | None, overlaps: Iterable[Overlap] = ()) -> None:
@@ -105,12 +101,12 @@ def keep(run_dir: Path, evaluation: Evaluation | None, overlaps: Iterable[Overla
     Raises:
         DataError: evaluation.json is damaged.
     """
-    kept = read_evaluations(run_dir)
+    kept, known = _read(run_dir)
     if evaluation is not None:
         made = {(score.task, score.shots) for score in evaluation.scores}
         kept = [_without(old, made) if old.step == evaluation.step else old for old in kept]
         kept = sorted([*(old for old in kept if old.scores), evaluation], key=lambda each: each.step or 0)
-    found = {(of.what, of.against): of for of in (*read_overlaps(run_dir), *overlaps)}
+    found = {(of.what, of.against): of for of in (*known, *overlaps)}
     content = {"evaluations": list(map(to_dict, kept)), "overlaps": list(map(asdict, found.values()))}
     write_whole(run_dir / EVALUATION, json.dumps(content, indent=2) + "\n")
 
