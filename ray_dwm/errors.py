@@ -52,3 +52,8 @@ class Collapsed(TrainingError):
     """A few sequences, or one domain, have nearly all the weight."""
 
     kind = "collapsed"
+
+
+def first_line(error: BaseException) -> str:
+    """What any error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -96,6 +96,11 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def width(columns: int) -> int | None:
+    """Columns of a table for people: None, the terminal's own, or so many where there is none, as in a job's log."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else columns
+
+
 def in_json() -> bool:
     """Whether this process says everything in JSON."""
     return isinstance(_HANDLER.formatter, JsonLines)

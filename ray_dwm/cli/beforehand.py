@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ray_dwm.cli.options import Config, Overrides, load_config
+from ray_dwm.logs import width
 from ray_dwm.planning.options import number, whole
 
 
@@ -57,9 +57,7 @@ def doctor(
     if as_json:
         typer.echo(to_json(findings))
     else:
-        # A job's log is no terminal, and would get 80 columns.
-        wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-        show(findings, Console(width=wide))
+        show(findings, Console(width=width(160)))
     raise typer.Exit(2 if has_failed(findings) else 0)
 
 

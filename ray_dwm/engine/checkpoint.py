@@ -25,10 +25,10 @@ from ray_dwm.data.plan import Cursor
 from ray_dwm.engine.identity import Identity, difference, foreign, read_identity, write_identity
 from ray_dwm.engine.mesh import TIMEOUT_S, is_main, take_device
 from ray_dwm.engine.messages import say
-from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage, first_line
+from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.engine.storage import SIGHT_LIMIT_S, Writer, await_sight, digest, remedy
-from ray_dwm.errors import TrainingError
+from ray_dwm.errors import TrainingError, first_line
 
 Found = TypeVar("Found")
 

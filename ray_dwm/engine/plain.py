@@ -11,6 +11,8 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
+from ray_dwm.errors import first_line
+
 # DCP keeps its table of contents, and what is no tensor, as pickles: only plain records may come out of them.
 _RECORDS = "torch.distributed.checkpoint.metadata"
 _VALUES = {
@@ -59,11 +61,6 @@ def damage(checkpoint: Path) -> str | None:
     except Exception as error:  # a garbled pickle can raise anything
         return f".metadata cannot be read: {first_line(error)}"
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 class PlainPlanner(DefaultLoadPlanner):

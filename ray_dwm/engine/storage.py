@@ -19,7 +19,8 @@ from torch.futures import Future
 
 from ray_dwm.engine.identity import IDENTITY
 from ray_dwm.engine.messages import say
-from ray_dwm.engine.plain import damage, first_line
+from ray_dwm.engine.plain import damage
+from ray_dwm.errors import first_line
 
 SIGHT_LIMIT_S = 90.0
 """For which a rank waits to see what rank 0 sees; network file systems remember what was not there for up to 60 s."""

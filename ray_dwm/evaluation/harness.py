@@ -18,7 +18,7 @@ import torch
 
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.data.records import read_json
-from ray_dwm.errors import DataError, UserError
+from ray_dwm.errors import DataError, UserError, first_line
 from ray_dwm.evaluation.scores import Evaluation, Score
 from ray_dwm.evaluation.taskfile import find_tasks, write_task
 from ray_dwm.models.hf import RUN_CONFIG, lm_folder
@@ -84,7 +84,7 @@ class Tasks:
                 with _quiet():
                     found |= self._manager.load([spec])["tasks"]
             except Exception as error:  # datasets raises many kinds for what it does not find
-                raise DataError(f"{self._told(spec)} ({_first_line(error)})") from None
+                raise DataError(f"{self._told(spec)} ({first_line(error)})") from None
         return found
 
     def _told(self, spec: str) -> str:
@@ -197,7 +197,7 @@ def _load_lm(path: Path, batch: int, device: str) -> Any:
     try:
         return HFLM(pretrained=str(path), batch_size=batch, device=device, **given)
     except Exception as error:  # transformers raises many kinds for a damaged folder
-        raise UserError(f"{path} cannot be loaded as an LM by lm-eval: {_first_line(error)}") from None
+        raise UserError(f"{path} cannot be loaded as an LM by lm-eval: {first_line(error)}") from None
 
 
 def _figures(found: Any, name: str) -> Iterator[tuple[str, float, float | None, bool | None]]:
@@ -248,10 +248,6 @@ def weights_digest(lm: Path) -> str:
     """SHA-256 over an LM folder's weights."""
     digests = [file_sha256(path) for path in sorted(lm.glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from ray_dwm.evaluation.contamination import Overlap, guard, refuse
 from ray_dwm.evaluation.harness import Tasks, require_lm
 from ray_dwm.evaluation.perplexity import Result, evaluate_folders, format_table
 from ray_dwm.evaluation.scores import Evaluation, keep, read_overlaps, table, to_dict
+from ray_dwm.logs import width
 from ray_dwm.models.hf import RUN_CONFIG
 from ray_dwm.sections import MAX_OVERLAP
 
@@ -66,8 +65,7 @@ def show(found: Findings) -> None:
     for overlap in found.overlaps:
         print(overlap)
     if found.evaluation is not None:
-        # A job's log is no terminal, and would get 80 columns.
-        Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120).print(table(found.evaluation))
+        Console(width=width(120)).print(table(found.evaluation))
     if found.perplexity:
         print(format_table(found.perplexity))
 

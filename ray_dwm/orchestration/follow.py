@@ -11,7 +11,7 @@ from contextlib import suppress
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ray_dwm.errors import TrainingError
+from ray_dwm.errors import TrainingError, first_line
 from ray_dwm.logs import readable
 
 LEFT = 130
@@ -55,7 +55,7 @@ class Watch:
                 self._client.stop_job(self._id)
                 self._say("is asked to stop; a run saves a checkpoint first. Ctrl-C leaves it to itself")
             except _LOST as error:
-                self._say(f"cannot be asked to stop ({_reason(error)}): `ray job stop {self._id}` does it later")
+                self._say(f"cannot be asked to stop ({first_line(error)}): `ray job stop {self._id}` does it later")
 
     def _follow(self) -> JobDetails:
         failures = 0
@@ -73,8 +73,8 @@ class Watch:
                 failures += 1
                 if failures == _TRIES:
                     raise TrainingError(
-                        f"the cluster does not answer any more ({_reason(error)}); job {self._id} may go on: the same "
-                        "command follows it, or starts its next attempt"
+                        f"the cluster does not answer any more ({first_line(error)}); job {self._id} may go on: the "
+                        "same command follows it, or starts its next attempt"
                     ) from None
             time.sleep(_PAUSE_S)
 
@@ -101,10 +101,6 @@ class Watch:
 
     def _say(self, text: str) -> None:
         print(f"[{self._id}] {text}", flush=True)
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _wants_stop() -> bool:

@@ -23,7 +23,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from ray_dwm import __version__
 from ray_dwm.config import load, to_yaml
-from ray_dwm.errors import ResourceError, UserError
+from ray_dwm.errors import ResourceError, UserError, first_line
 from ray_dwm.orchestration.cluster import no_entry, probe
 from ray_dwm.orchestration.follow import Watch
 from ray_dwm.orchestration.upload import RUNTIME_ENV, Sizes, check_size, listing, read_runtime_env
@@ -183,10 +183,9 @@ def connect(address: str) -> tuple[JobSubmissionClient, list[JobDetails]]:
     except AuthenticationError as error:
         raise no_entry(given, error) from None
     except (OSError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ResourceError(
-            f"no Ray cluster takes jobs at {'this machine' if given == 'auto' else given} ({reason}): start one with "
-            "`ray start --head`, or name its job server by --address http://HEAD:8265"
+            f"no Ray cluster takes jobs at {'this machine' if given == 'auto' else given} ({first_line(error)}): start "
+            "one with `ray start --head`, or name its job server by --address http://HEAD:8265"
         ) from None
     there = client._server_ray_version
     if there != ray.__version__:
@@ -223,5 +222,6 @@ def _start(
         with suppress(OSError, RuntimeError):  # as where the cluster has just gone
             if any(job.submission_id == submission_id for job in client.list_jobs()):
                 return  # somebody else was faster with the same: theirs is followed
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ResourceError(f"the cluster refuses the job ({reason}): look at --runtime-env and the cluster") from None
+        raise ResourceError(
+            f"the cluster refuses the job ({first_line(error)}): look at --runtime-env and the cluster"
+        ) from None

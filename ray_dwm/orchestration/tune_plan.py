@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, product
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from ray_dwm.config import RunConfig
 from ray_dwm.domains import described
+from ray_dwm.logs import width
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.experiment import make_ready
 from ray_dwm.orchestration.experiment_checks import largest, resources_of
@@ -79,9 +79,7 @@ def show(checked: Checked, gpu: str) -> None:
     Raises:
         ResourceError: the cluster that RAY_ADDRESS names can never hold one of the runs.
     """
-    # A job's log is no terminal, and would get 80 columns.
-    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    console, config, runs = Console(width=wide, soft_wrap=True), checked.config, planned(checked)
+    console, config, runs = Console(width=width(160), soft_wrap=True), checked.config, planned(checked)
     for table in (_space(checked), _resources(checked, runs)):
         console.print(table)
     if "RAY_ADDRESS" in os.environ:
