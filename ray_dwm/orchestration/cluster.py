@@ -26,8 +26,9 @@ NAMESPACE = "ray_dwm"
 DRIVER_HEADROOM_CPUS = 1
 """Logical CPUs that Ray Data's read tasks and the controller may use beside workers and actor."""
 _PROBE_TIMEOUT_S = 10.0
-_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Makes PyTorch ask for huge pages: on a CPU it touches fresh memory at every step, page by page."""
+_KEEP_MEMORY = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Have PyTorch ask for huge pages, and glibc keep what is freed: else every step of an LM on a CPU takes its activations
+anew from the kernel, page by page (benchmarks/allocator.py)."""
 
 
 def connect(config: RunConfig, at_once: int = 1) -> None:
@@ -49,7 +50,7 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
     if in_json():  # what Ray itself says here and in the workers
         quiet["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="ERROR")
     # Workers import the package from where the driver did, also when it runs from a source tree.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **_huge_pages()}}
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **_keep_memory()}}
     try:
         if address:
             probe(address)
@@ -158,11 +159,12 @@ def worker_bundle(config: RunConfig) -> dict[str, float]:
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
     """Environment variables of one worker, from its start: without a GPU of its own it must not take its node's."""
-    return {} if config.cluster.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": "", **_huge_pages()}
+    return {} if config.cluster.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": "", **_keep_memory()}
 
 
-def _huge_pages() -> dict[str, str]:
-    return {_HUGE_PAGES: os.environ.get(_HUGE_PAGES, "1")}
+def _keep_memory() -> dict[str, str]:
+    """Whoever has set one of them is heeded."""
+    return {name: os.environ.get(name, value) for name, value in _KEEP_MEMORY.items()}
 
 
 def alive_nodes() -> list[dict[str, Any]]:

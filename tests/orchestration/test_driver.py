@@ -18,12 +18,21 @@ from ray_dwm.errors import Stopped, TrainingError
 from ray_dwm.orchestration import fit
 
 
-@pytest.mark.parametrize(
-    ("gpus", "environment"), [(0, {"CUDA_VISIBLE_DEVICES": "", "THP_MEM_ALLOC_ENABLE": "1"}), (1, {}), (0.5, {})]
-)
+WITHOUT_GPU = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_MAX_": "7",  # set by the user
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+
+
+@pytest.mark.parametrize(("gpus", "environment"), [(0, WITHOUT_GPU), (1, {}), (0.5, {})])
 def test_workers_see_no_gpu_that_they_did_not_ask_for(
-    shards: dict[str, Path], tmp_path: Path, gpus: float, environment: dict[str, str]
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, environment: dict[str, str]
 ) -> None:
+    for name in environment:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     trainer = fit._trainer(tiny_config(shards, tmp_path, f"cluster.gpus_per_worker={gpus}"), 0, {})
     assert trainer.run_config.worker_runtime_env == {"env_vars": environment}
     assert trainer.backend_config.timeout_s == TIMEOUT_S
