@@ -17,7 +17,6 @@ from ray_dwm.engine.setup import check_data
 from ray_dwm.errors import Stopped, TrainingError
 from ray_dwm.orchestration import fit
 
-
 WITHOUT_GPU = {
     "CUDA_VISIBLE_DEVICES": "",
     "THP_MEM_ALLOC_ENABLE": "1",
