@@ -27,8 +27,8 @@ DRIVER_HEADROOM_CPUS = 1
 """Logical CPUs that Ray Data's read tasks and the controller may use beside workers and actor."""
 _PROBE_TIMEOUT_S = 10.0
 _KEEP_MEMORY = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""Have PyTorch ask for huge pages, and glibc keep what is freed: else an LM on a CPU takes its activations anew from the
-kernel, page by page, at every step (benchmarks/allocator.py)."""
+"""Have PyTorch ask for huge pages, and glibc keep what is freed: else an LM on a CPU takes its activations anew from
+the kernel, page by page, at every step (benchmarks/allocator.py)."""
 
 
 def connect(config: RunConfig, at_once: int = 1) -> None:
