@@ -80,10 +80,10 @@ def experiment(
     """
     warn_if_temporary("storage", config.storage)
     todo = [cell for cell in cells if not is_done(config, cell)]
-    runs = check(config, [cell for cell in grid(config) if cell in cells or is_done(config, cell)])
+    runs = check(config, [cell for cell in grid(config) if cell in cells or is_done(config, cell)], parallel)
     told = f"{len(cells)} cells, {len(cells) - len(todo)} are done"
     say(f"experiment {config.name}: {told}: {config.folder}")
-    device = (ready or make_ready)([runs[cell] for cell in todo]) if todo else ""
+    device = (ready or partial(make_ready, at_once=parallel))([runs[cell] for cell in todo]) if todo else ""
     config.folder.mkdir(parents=True, exist_ok=True)
     with locked(config.folder / LOCK, partial(_in_use, config)):
         write_whole(config.folder / EXPERIMENT, yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -148,9 +148,9 @@ def _one_after_another(config: ExperimentConfig, cells: Sequence[Cell], train: T
     return failed
 
 
-def make_ready(runs: Sequence[RunConfig]) -> str:
-    """Join the cluster, or start one for the largest run, and hold it against all of them."""
-    connect(largest(runs))
+def make_ready(runs: Sequence[RunConfig], at_once: int = 1) -> str:
+    """Join the cluster, or start one for as many of the largest run, and hold it against all of them."""
+    connect(largest(runs), at_once)
     asked: list[RunConfig] = []
     for run in runs:
         if not any(run.cluster == other.cluster and run.learns_dwm == other.learns_dwm for other in asked):

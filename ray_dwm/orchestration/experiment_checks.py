@@ -29,11 +29,12 @@ def largest(runs: Sequence[RunConfig]) -> RunConfig:
     return max(runs, key=lambda run: resources_of(run)["CPU"])
 
 
-def check(config: ExperimentConfig, cells: Sequence[Cell]) -> dict[Cell, RunConfig]:
+def check(config: ExperimentConfig, cells: Sequence[Cell], at_once: int = 1) -> dict[Cell, RunConfig]:
     """Prepare data that are missing, then check cells and that they can be compared; no run is started.
 
     Args:
         cells: those that are to be run, and those that are done, with which they will be compared.
+        at_once: how many are to run at the same time, where a cluster has to be started.
 
     Raises:
         UserError: naming the cell, key, file or folder, and the remedy.
@@ -41,7 +42,7 @@ def check(config: ExperimentConfig, cells: Sequence[Cell]) -> dict[Cell, RunConf
     runs = {cell: configure(config, cell) for cell in cells}
     for run in runs.values():
         if sets_to_make(run, missing_only=True):
-            connect(largest(list(runs.values())))
+            connect(largest(list(runs.values())), at_once)
             prepare_sets(run, missing_only=True)
     for cell, run in runs.items():
         try:

@@ -270,6 +270,18 @@ def test_a_pool_starts_only_what_fits_beside_the_others(shards: dict[str, Path],
     assert pool._startable({"CPU": 1.0}) is not None  # alone, whatever is counted: it was checked before
 
 
+def test_a_cluster_of_ones_own_has_room_for_all_cells_at_once(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(run: RunConfig, at_once: int) -> None:
+        raise UserError(f"a cluster for {at_once}, learning: {run.learns_dwm}")
+
+    monkeypatch.setattr("ray_dwm.orchestration.experiment.connect", connect)
+    config = declare(shards, tmp_path)
+    with pytest.raises(UserError, match="a cluster for 2, learning: True"):
+        experiment(config, choose(config, [], []), parallel=2)
+
+
 def call(console: Console, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ray_dwm.cli", "experiment", str(file), *arguments]
     return subprocess.run(
