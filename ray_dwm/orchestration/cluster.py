@@ -26,7 +26,12 @@ NAMESPACE = "ray_dwm"
 DRIVER_HEADROOM_CPUS = 1
 """Logical CPUs that Ray Data's read tasks and the controller may use beside workers and actor."""
 _PROBE_TIMEOUT_S = 10.0
-_KEEP_MEMORY = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+_KEEP_MEMORY = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_ARENA_MAX": "1",  # Ray Train runs the loop in a thread, whose own arena would give memory back all the same
+}
 """Have PyTorch ask for huge pages, and glibc keep what is freed: else an LM on a CPU takes its activations anew from
 the kernel, page by page, at every step (benchmarks/allocator.py)."""
 

@@ -22,6 +22,7 @@ WITHOUT_GPU = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_MMAP_MAX_": "7",  # set by the user
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_ARENA_MAX": "1",
 }
 
 
