@@ -54,6 +54,8 @@ VARIANTS: dict[str, list[str]] = {
     "updates 5, kl 0.1": ["bilevel.updates=5", "bilevel.kl=0.1"],
     "updates 5, lr x2": ["bilevel.updates=5", "dwm.lr=6e-3"],
     "updates 10": ["bilevel.updates=10"],
+    "every 2, lr x3": ["bilevel.every=2", "dwm.lr=9e-3"],
+    "every 2, lr x3, size s": ["bilevel.every=2", "dwm.lr=9e-3", "dwm.size=s"],
 }
 
 
