@@ -10,12 +10,17 @@ Legend: n = words of an n-gram; w = words of a text.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +29,13 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
 from ray_dwm.data.records import digest
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.data.tokenization import FOLDER, Tokenizer
-from ray_dwm.errors import DataError
+from ray_dwm.errors import DataError, ResourceError
 from ray_dwm.logs import say
 
 WORDS = 13
 _BLOCK_ROWS = 2048
+_BLOCKS_ALONE = 64
+"""As many are read by this process; for more, one process a core is worth its start."""
 _TELL_S = 30.0
 """Between two words about how far the reading is."""
 _WORD = re.compile(r"\w+")
@@ -85,26 +92,24 @@ class Index:
             owners.append(np.full(len(found), place))
         all_hashes = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
         order = np.argsort(all_hashes, kind="stable")
-        self._hashes = all_hashes[order]
         self._owners = np.concatenate(owners)[order] if owners else np.empty(0, np.int64)
+        self._hashes, self._first = np.unique(all_hashes[order], return_index=True)
+        self._last = np.append(self._first[1:], len(order))
 
     @property
     def judged(self) -> dict[str, int]:
         """Name of each set -> items that have an n-gram."""
         return self._by_set(np.unique(self._owners))
 
-    def overlapping(self, blocks: Iterable[Sequence[str]]) -> dict[str, int]:
-        """Name of each set -> items of which an n-gram is in some text.
+    def places(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Which items, counted through all sets, have an n-gram that is in some text; as many texts as memory holds."""
+        found = np.flatnonzero(np.isin(self._hashes, _hashes(self._looked_up(texts), self._n)))
+        owners = [self._owners[self._first[place] : self._last[place]] for place in found]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *owners]))
 
-        Args:
-            blocks: texts, as many at a time as memory should hold.
-        """
-        unique, first = np.unique(self._hashes, return_index=True)
-        last, hit = np.append(first[1:], len(self._hashes)), np.zeros(len(self._hashes), dtype=bool)
-        for texts in blocks:
-            for place in np.flatnonzero(np.isin(unique, _hashes(self._looked_up(texts), self._n))):
-                hit[first[place] : last[place]] = True
-        return self._by_set(np.unique(self._owners[hit]))
+    def overlapping(self, places: Iterable[NDArray[np.int64]]) -> dict[str, int]:
+        """Name of each set -> items of it that are among the places of any block of texts."""
+        return self._by_set(np.unique(np.concatenate([np.empty(0, np.int64), *places])))
 
     def _looked_up(self, texts: Sequence[str]) -> NDArray[np.uint64]:
         """The numbers of all words, 0 for those that are in no item, and 0 between two texts."""
@@ -143,23 +148,68 @@ def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def blocks_of(manifest: Manifest) -> Iterator[list[str]]:
-    """The texts of a folder of shards, rows that follow each other in one; block by block."""
-    reader, tokenizer = ShardReader(manifest), _tokenizer(manifest)
-    for start in range(0, manifest.rows, _BLOCK_ROWS):
-        rows = reader.take(np.arange(start, min(start + _BLOCK_ROWS, manifest.rows)))
+class _Reader:
+    """Looks a folder of shards up in an index, block by block."""
+
+    def __init__(self, index: Index, folder: Path) -> None:
+        self._index, self._manifest = index, load_manifest(folder)
+        self._reader, self._tokenizer = ShardReader(self._manifest), _tokenizer(self._manifest)
+
+    def texts(self, start: int) -> list[str]:
+        """The texts of a block from this row on; rows that follow each other are one."""
+        rows = self._reader.take(np.arange(start, min(start + _BLOCK_ROWS, self._manifest.rows)))
         follows = (np.diff(rows.sample_ids) == 1) & (np.diff(rows.domains) == 0)
-        texts = tokenizer.decode_all(rows.input_ids)
+        texts = self._tokenizer.decode_all(rows.input_ids)
         cuts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(texts)]
-        yield ["".join(texts[first:last]) for first, last in pairwise(cuts)]
+        return ["".join(texts[first:last]) for first, last in pairwise(cuts)]
+
+    def places(self, start: int) -> NDArray[np.int64]:
+        """See Index.places."""
+        return self._index.places(self.texts(start))
 
 
-def _told(manifest: Manifest, place: str) -> Iterator[list[str]]:
+_reader: _Reader
+"""Of a process that does nothing else; a pool hands it no other state."""
+
+
+def _begin(index: Index, folder: Path) -> None:
+    """The start of a process that reads."""
+    global _reader
+    _reader = _Reader(index, folder)
+
+
+def _places(start: int) -> NDArray[np.int64]:
+    return _reader.places(start)
+
+
+def _read(index: Index, manifest: Manifest, place: str) -> dict[str, int]:
+    """Name of each set -> items of it that overlap with a folder of shards; many are read by one process a core.
+
+    Raises:
+        ResourceError: a process was killed.
+    """
+    starts, reader = range(0, manifest.rows, _BLOCK_ROWS), _Reader(index, manifest.folder)
+    if len(starts) <= _BLOCKS_ALONE:
+        return index.overlapping(_told(map(reader.places, starts), len(starts), place))
+    context = multiprocessing.get_context("forkserver")  # this process may have threads, as of Ray's
+    with ProcessPoolExecutor(os.cpu_count(), context, _begin, (index, manifest.folder)) as pool:
+        try:
+            return index.overlapping(_told(pool.map(_places, starts, chunksize=8), len(starts), place))
+        except BrokenProcessPool:
+            raise ResourceError(
+                f"a process that looked for overlaps with {place} was killed, or could not start: one for each of "
+                f"{os.cpu_count()} cores must have room in memory"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _told(found: Iterable[NDArray[np.int64]], blocks: int, place: str) -> Iterator[NDArray[np.int64]]:
     """The same, and what takes long says how far it is."""
     start = told = time.monotonic()
-    for number, block in enumerate(blocks_of(manifest), start=1):
-        yield block
-        now, read = time.monotonic(), number * _BLOCK_ROWS / manifest.rows
+    for number, places in enumerate(found, start=1):
+        yield places
+        now, read = time.monotonic(), number / blocks
         if now - told >= _TELL_S and read < 1:
             told, left = now, (now - start) * (1 / read - 1)
             say(f"looking for overlaps with {place}: {read:.0%} read, about {left / 60:.0f} minutes left")
@@ -200,7 +250,7 @@ def overlaps(
         new = {name: texts for name, texts in sets.items() if of[name] not in kept}
         if new:
             index = Index(new)
-            hits, judged = index.overlapping(_told(manifest, place)), index.judged
+            hits, judged = _read(index, manifest, place), index.judged
             for name, texts in new.items():
                 kept[of[name]] = Overlap(
                     what=name,

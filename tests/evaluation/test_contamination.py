@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,20 @@ import pytest
 from texts import CODE, HILL, SEA, shuffled_words, text_shards
 
 from ray_dwm.data.manifest import load_manifest
-from ray_dwm.errors import DataError
+from ray_dwm.errors import DataError, ResourceError
 from ray_dwm.evaluation import contamination
 from ray_dwm.evaluation.contamination import Index, guard, overlaps, refuse
 
 WORDS = [f"w{number}" for number in range(40)]
 LETTERS = list("abcdefghijklm")
+
+
+def killed(start: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def overlapping(index: Index, *blocks: list[str]) -> dict[str, int]:
+    return index.overlapping(map(index.places, blocks))
 
 
 def said(words: list[str]) -> str:
@@ -36,22 +46,22 @@ def said(words: list[str]) -> str:
 )
 def test_thirteen_words_in_a_row_and_no_fewer(text: str, hits: int) -> None:
     index = Index({"task": [said(WORDS[:30]), said(LETTERS), said(WORDS[:5])]})
-    assert index.overlapping([[text]]) == {"task": hits}
+    assert overlapping(index, [text]) == {"task": hits}
     assert index.judged == {"task": 2}
 
 
 def test_the_same_letters_in_another_unicode_form_are_the_same() -> None:
     words = [f"\u00e9{number}" for number in range(13)]
-    found = Index({"task": [said(words)]}).overlapping([[said(words).replace("\u00e9", "e\u0301")]])
+    found = overlapping(Index({"task": [said(words)]}), [said(words).replace("\u00e9", "e\u0301")])
     assert found == {"task": 1}
 
 
 def test_items_are_counted_once_and_for_their_own_set() -> None:
     index = Index({"a": [said(WORDS), "short"], "b": [said(WORDS[5:25]), said(LETTERS), said(WORDS)], "none": []})
     blocks = [[said(WORDS[6:20]), said(WORDS[7:24])], [said(WORDS)]]
-    assert index.overlapping(blocks) == {"a": 1, "b": 2, "none": 0}
+    assert overlapping(index, *blocks) == {"a": 1, "b": 2, "none": 0}
     # Two texts are not read as one.
-    assert index.overlapping([[said(WORDS[:12]), said(WORDS[12:24])]]) == {"a": 0, "b": 0, "none": 0}
+    assert overlapping(index, [said(WORDS[:12]), said(WORDS[12:24])]) == {"a": 0, "b": 0, "none": 0}
 
 
 def test_against_a_search_by_hand() -> None:
@@ -62,7 +72,7 @@ def test_against_a_search_by_hand() -> None:
     runs = {tuple(text.split()[i : i + 3]) for text in texts for i in range(10)}
     expected = sum(any(tuple(item.split()[i : i + 3]) in runs for i in range(10)) for item in items)
     assert 0 < expected < 40
-    assert Index({"x": items}, words=3).overlapping([texts[:7], texts[7:]]) == {"x": expected}
+    assert overlapping(Index({"x": items}, words=3), texts[:7], texts[7:]) == {"x": expected}
 
 
 @pytest.fixture
@@ -102,7 +112,7 @@ def test_a_target_set_that_is_trained_on_is_told(sets: dict[str, str]) -> None:
 def test_what_is_known_is_not_read_again(sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = {"one": [SEA], "two": [HILL]}
     first = guard(tasks, sets["pool"], {"target": sets["target"]})
-    monkeypatch.setattr(contamination, "blocks_of", lambda manifest: pytest.fail("the shards were read again"))
+    monkeypatch.setattr(contamination, "_Reader", lambda *given: pytest.fail("the shards were read again"))
     assert guard(tasks, sets["pool"], {"target": sets["target"]}, first) == first
     with pytest.raises(pytest.fail.Exception):
         guard({**tasks, "two": [CODE]}, sets["pool"], {}, first)
@@ -112,11 +122,28 @@ def test_rows_that_follow_each_other_are_one_text(tmp_path: Path) -> None:
     """The rows were cut within a sentence; only of these two rows together are 13 words in a row."""
     text = said([f"number{n}" for n in range(20)])
     manifest = text_shards(tmp_path / "pool", {"d": [text[:90], text[90:]]}, seq_len=30)
-    pieces = next(contamination.blocks_of(manifest))
+    pieces = contamination._Reader(Index({}), manifest.folder).texts(0)
     assert len(pieces) == 1
     found = overlaps({"task": [pieces[0]]}, {"pool": manifest})
     assert found[0].overlapping == 1
     assert all(len(row.split()) < 20 for row in contamination.row_texts(manifest))
+
+
+def test_several_processes_find_the_same(sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    against = {"the training set": load_manifest(sets["pool"])}
+    tasks = {"sea": [SEA, CODE, SEA.upper()], "hill": [HILL]}
+    alone = overlaps(tasks, against)
+    monkeypatch.setattr(contamination, "_BLOCKS_ALONE", 0)
+    monkeypatch.setattr(contamination._Reader, "places", lambda *given: pytest.fail("read by this process"))
+    assert overlaps(tasks, against) == alone
+    assert [of.overlapping for of in alone] == [2, 0]
+
+
+def test_a_killed_process_is_said(sets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contamination, "_BLOCKS_ALONE", 0)
+    monkeypatch.setattr(contamination, "_places", killed)
+    with pytest.raises(ResourceError, match="looked for overlaps with the training set was killed"):
+        overlaps({"task": [SEA]}, {"the training set": load_manifest(sets["pool"])})
 
 
 def test_what_takes_long_says_how_far_it_is(
