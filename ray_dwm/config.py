@@ -61,6 +61,9 @@ class RunConfig:
     name: str = "run"
     storage: str = "runs"
     """Folder of run folders, visible from all nodes."""
+    mirror: str = ""
+    """Address, as s3://bucket/runs, of a folder to which the run folder is copied while it trains, and from which it
+    comes back where it is gone; any that pyarrow or fsspec knows. Empty: none."""
     seed: int = 0
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -82,7 +85,12 @@ class RunConfig:
         require(
             "://" not in self.storage,
             f"storage is {self.storage!r}: runs are written to a folder, not to an address; mount it as a file system "
-            "on all nodes, at the same path (docs/running.md says which kinds do)",
+            "on all nodes, at the same path (docs/running.md says which kinds do), or have the folder copied there by "
+            "mirror=...",
+        )
+        require(
+            not self.mirror or "://" in self.mirror,
+            f"mirror is {self.mirror!r}: it must be an address, as s3://bucket/runs or file:///backup/runs",
         )
         require(0 <= self.seed < 2**63, f"seed is {self.seed}: it must lie between 0 and 2^63 - 1")
         most, batch = self.cluster.most_workers, self.train.global_batch

@@ -19,7 +19,7 @@ from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, User
 
 # What may differ when a run is resumed: where and on what it runs, not what it computes.
 _DATA = "data.json"
-_FREE = ("storage", "cluster", "parallel", "tracking", "prepare", "selection", "checkpoint", "evaluation")
+_FREE = ("storage", "mirror", "cluster", "parallel", "tracking", "prepare", "selection", "checkpoint", "evaluation")
 _FREE_KEYS = ("train.micro_batch", "train.profile", "train.profile_first", "train.profile_steps")
 
 _CHOICE = ("selection.mates.", "selection.budget", "selection.temperature", "selection.stratified")

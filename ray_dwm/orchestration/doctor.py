@@ -105,6 +105,8 @@ class Doctor:
             self._check("disk", lambda: [doctor_config.measure_disk(run)])
         else:
             self._skip("disk", f"{reason}, and the size of an LM depends on their vocabulary")
+        if run.mirror:
+            self._check("mirror", lambda: [doctor_config.check_mirror(run)])
 
     def _joins_cluster(self) -> bool:
         if not self._check("Ray", lambda: _probe_cluster(os.environ.get("RAY_ADDRESS"))):

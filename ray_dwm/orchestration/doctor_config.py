@@ -21,6 +21,7 @@ from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.mates import check_stages
+from ray_dwm.orchestration.mirror import prove
 from ray_dwm.orchestration.prepare import sets_to_make
 from ray_dwm.orchestration.select import plan_selection
 
@@ -91,6 +92,12 @@ def check_shards(config: RunConfig) -> Finding:
     for folder in folders:
         open_shards(folder).verify()
     return Finding("checksums", "ok", f"all shards of {len(folders)} sets are as their manifests say")
+
+
+def check_mirror(config: RunConfig) -> Finding:
+    """Whether the run folder could be copied there, from here."""
+    prove(config)
+    return Finding("mirror", "ok", f"written and read: {config.mirror}")
 
 
 def check_run_folder(config: RunConfig, temporary: bool) -> Finding:

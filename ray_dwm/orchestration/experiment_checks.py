@@ -104,7 +104,20 @@ def _check_measure(name: str, cell: Cell, run: RunConfig, digests: Mapping[str, 
         raise DataError(f"{cell.path}: the held-out set {name}, by which the experiment decides, is also learnt from")
 
 
+def refuse_mirror(run: RunConfig) -> None:
+    """Cells and trials lie in folders of their own within the storage, whose names say nothing elsewhere.
+
+    Raises:
+        ConfigError: there is a mirror.
+    """
+    if run.mirror:
+        raise ConfigError(
+            f"mirror is {run.mirror}, but a mirror is of a single run: leave it out, and copy the experiment's folder"
+        )
+
+
 def _check_run(cell: Cell, run: RunConfig) -> None:
+    refuse_mirror(run)
     every, steps = run.train.eval_every, run.train.steps
     if steps // every < 2:
         raise ConfigError(

@@ -123,6 +123,7 @@ def to_be_trained(
         config,
         name=f"proxy-{key[:12]}",
         storage=str(storage),
+        mirror="",
         seed=seed,
         data=DataConfig(train=str(pool.folder), order="shuffled"),  # a proxy must not see the easy part alone
         selection=SelectionConfig(),

@@ -16,6 +16,7 @@ from ray_dwm.logs import bind, say
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.evaluate import Evaluations, check_tasks
 from ray_dwm.orchestration.fit import fit
+from ray_dwm.orchestration.mirror import Mirror, prepare_mirror
 from ray_dwm.orchestration.placement import await_resources, prove_storage
 
 
@@ -33,6 +34,7 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     for folder in (config.data.train, *evaluation_sets(config).values()):
         open_shards(folder).verify()
     config = absolute(config)
+    prepare_mirror(config)
     check(config)
     done = read_summary(config)
     if done is not None:
@@ -49,7 +51,7 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
             run=config.name,
         )
     prove_storage(config)
-    with claim(config):
+    with claim(config), Mirror(config):
         say(f"run folder {config.run_dir}", run=config.name)
         bind(run=config.name)  # it stays where the run fails: what is said of that is of this run
         with Evaluations(config, overlaps) as evaluations:

@@ -37,7 +37,7 @@ from ray_dwm.orchestration.cluster import alive_nodes, connect, warn_if_temporar
 from ray_dwm.orchestration.evaluate import check_tasks
 from ray_dwm.orchestration.experiment import experiment, make_ready
 from ray_dwm.orchestration.experiment_checks import check as check_experiment
-from ray_dwm.orchestration.experiment_checks import largest
+from ray_dwm.orchestration.experiment_checks import largest, refuse_mirror
 from ray_dwm.orchestration.prepare import prepare_sets, sets_to_make
 from ray_dwm.orchestration.promotion import Dwms, dwms_at, dwms_of, promoted, rows_of
 from ray_dwm.orchestration.room import at_once, driver_resources
@@ -75,6 +75,7 @@ def check(config: TuneConfig, *, prepare: bool = True) -> Checked:
     bases = {scale: scale_config(config, scale) for scale in config.scales}
     found = Checked(config, bases, probes(config, bases[config.first]))
     for scale, run in bases.items():
+        refuse_mirror(run)
         if config.measure not in evaluation_sets(run):
             sets = ", ".join(evaluation_sets(run)) or "none"
             raise ConfigError(f"measure is {config.measure!r}, and scale {scale} has no such evaluation set: {sets}")

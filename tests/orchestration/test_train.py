@@ -183,10 +183,11 @@ def test_kill_9_leaves_no_trace(
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
 
 
-def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
+def test_sigterm_saves_a_checkpoint_and_the_same_command_continues_from_the_mirror(
     undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path
 ) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped")
+    elsewhere = f"mirror=file://{tmp_path / 'elsewhere'}"
+    config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped", elsewhere)
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
     wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
@@ -197,7 +198,8 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(
     assert step < 60, "the run was over before the signal"
     assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
     wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the workers")
-    console.finish(config, console.start(config))
+    config.run_dir.rename(tmp_path / "a disk that is gone")
+    assert f"comes from {config.mirror}, step {step}" in console.finish(config, console.start(config))
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
 
