@@ -1,8 +1,8 @@
 """A copy of the run folder at an address (`mirror`), for storage that goes with its machine.
 
-The folder is what a run works in; the mirror is written to, and read only where the folder is gone. A checkpoint's table
-of contents is copied last, when all that it speaks of and all that was logged before it are there: what comes back is
-always a state from which the run can continue.
+The folder is what a run works in; the mirror is written to, and read only where the folder is gone. A checkpoint's
+table of contents is copied last, when all that it speaks of and all that was logged before it are there: what comes
+back is always a state from which the run can continue.
 """
 
 from __future__ import annotations

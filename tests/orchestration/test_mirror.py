@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -53,11 +54,15 @@ def without_passing(files: dict[str, str]) -> dict[str, str]:
     return {name: text for name, text in files.items() if name not in GONE}
 
 
-def test_a_folder_that_is_gone_comes_back(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("address", ["", "fsspec+memory://bucket/runs"])
+def test_a_folder_that_is_gone_comes_back(config: RunConfig, capsys: pytest.CaptureFixture[str], address: str) -> None:
+    config = dataclasses.replace(config, mirror=address or config.mirror)
     before = without_passing(content(config.run_dir))
+    prepare_mirror(config)
     with Mirror(config):
         pass
-    assert content(copied(config)) == before
+    if not address:
+        assert content(copied(config)) == before
     config.run_dir.rename(config.run_dir.with_name("lost"))
     prepare_mirror(config)
     assert content(config.run_dir) == before
