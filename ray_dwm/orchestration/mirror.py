@@ -7,6 +7,7 @@ back is always a state from which the run can continue.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import threading
@@ -168,10 +169,16 @@ def _restore(config: RunConfig) -> None:
         return
     whole = {path for path in there if not path.startswith(_CHECKPOINTS) or _contents_of(path) in there}
     fresh = config.run_dir.parent / f".{config.name}.{secrets.token_hex(4)}"
+
+    def fetch(path: str) -> None:
+        (fresh / path).parent.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(f"{root}/{path}", str(fresh / path), store, _LOCAL, chunk_size=_CHUNK)
+        if (changed := there[path].mtime_ns) is not None:
+            os.utime(fresh / path, ns=(changed, changed))  # else all of it would be copied back
+
     try:
-        for path in sorted(whole):
-            (fresh / path).parent.mkdir(parents=True, exist_ok=True)
-            fs.copy_files(f"{root}/{path}", str(fresh / path), store, _LOCAL, chunk_size=_CHUNK)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(fetch, whole))
         fresh.rename(config.run_dir)
     except _ERRORS as error:
         raise UserError(

@@ -67,6 +67,8 @@ def test_a_folder_that_is_gone_comes_back(config: RunConfig, capsys: pytest.Capt
     prepare_mirror(config)
     assert content(config.run_dir) == before
     assert "comes from" in capsys.readouterr().out
+    with Mirror(config) as again:
+        assert address or again._sent == mirror._files(config.run_dir)  # nothing of it is copied back
     assert [path.name for path in config.run_dir.parent.iterdir() if path.name not in ("x", "lost")] == []
 
 
