@@ -55,13 +55,14 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
     if in_json():  # what Ray itself says here and in the workers
         quiet["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="ERROR")
     # Workers import the package from where the driver did, also when it runs from a source tree.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **_keep_memory()}}
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
     try:
         if address:
             probe(address)
             ray.init(address=address, **quiet)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
+            os.environ.update(_keep_memory())  # for all of its processes, also those that other drivers ask for
             cpus = max(
                 os.cpu_count() or 1, at_once * _cpus(config, True, config.cluster.most_workers)
             )  # `compare` trains with and without in turn
