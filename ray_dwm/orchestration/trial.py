@@ -32,7 +32,7 @@ _OWN = ("folder", "control")
 COMPLETE = "complete"
 """In the figures of a trial that was trained to its end."""
 STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
-"""Fills the Train tab of Ray's dashboard."""
+"""Has Ray Train keep what its runs, attempts and workers are at, for Ray's dashboard."""
 
 
 def values_of(given: dict[str, Any]) -> dict[str, Any]:
