@@ -26,6 +26,7 @@ from ray_dwm.engine.identity import Identity, difference, foreign, read_identity
 from ray_dwm.engine.mesh import TIMEOUT_S, is_main, take_device
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage
+from ray_dwm.engine.saved import list_checkpoints, step_of
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.engine.storage import SIGHT_LIMIT_S, Writer, await_sight, digest, remedy
 from ray_dwm.errors import TrainingError, first_line
@@ -267,13 +268,3 @@ def _unnamed(checkpoint: Path) -> str | None:
 def _causes(error: BaseException) -> list[BaseException]:
     """What went wrong on the ranks that failed, the first one first."""
     return [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("step_*/.metadata") if not path.parent.suffix)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of steps that a checkpoint was saved after."""
-    return int(checkpoint.name.removeprefix("step_"))

@@ -17,13 +17,14 @@ import torch
 from ray_dwm.data.plan import Cursor
 from ray_dwm.data.shards import Rows
 from ray_dwm.engine.batch import Batch, to_batch
-from ray_dwm.engine.checkpoint import Checkpointer, step_of
+from ray_dwm.engine.checkpoint import Checkpointer
 from ray_dwm.engine.clock import Clock
 from ray_dwm.engine.evaluate import mean_loss, spread_rows, stream
 from ray_dwm.engine.mesh import all_sum, is_main
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.profiling import StepProfiler
 from ray_dwm.engine.recorder import Recorder
+from ray_dwm.engine.saved import step_of
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.engine.step import StepResult
 from ray_dwm.engine.stopping import NOTICE_INTERVAL_S, on_sigterm

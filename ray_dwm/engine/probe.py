@@ -23,8 +23,9 @@ from ray_dwm.config import build as build_config
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.engine.batch import Batch, draw, to_batch
-from ray_dwm.engine.checkpoint import Checkpointer, list_checkpoints, step_of
+from ray_dwm.engine.checkpoint import Checkpointer
 from ray_dwm.engine.identity import run_identity
+from ray_dwm.engine.saved import list_checkpoints, step_of
 from ray_dwm.engine.setup import build
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.engine.step import LowerLevel

@@ -17,7 +17,6 @@ from ray_dwm.data.stages import StagedPlan
 from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
-from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.group_dro import GroupDroWeighting, initial_weights
 from ray_dwm.engine.identity import difference, foreign, run_identity
 from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
@@ -28,6 +27,7 @@ from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.reference import build_reference, check_reference
 from ray_dwm.engine.replay import ReplayedWeighting
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.engine.weighting import Weighting

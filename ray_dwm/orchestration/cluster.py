@@ -63,6 +63,7 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback device
             os.environ.update(_keep_memory())  # for all of its processes, also those that other drivers ask for
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process for news that cannot come
             cpus = max(
                 os.cpu_count() or 1, at_once * _cpus(config, True, config.cluster.most_workers)
             )  # `compare` trains with and without in turn

@@ -20,9 +20,9 @@ import torch
 from ray_dwm import logs
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import load_manifest
-from ray_dwm.engine.checkpoint import list_checkpoints, step_of
 from ray_dwm.engine.export import export_checkpoint
 from ray_dwm.engine.messages import note, say
+from ray_dwm.engine.saved import list_checkpoints, step_of
 from ray_dwm.errors import first_line
 from ray_dwm.evaluation import scores
 from ray_dwm.evaluation.contamination import Overlap, refuse

@@ -14,8 +14,8 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.metrics import Counter, Gauge
 
 from ray_dwm.config import RunConfig
-from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.metrics import Metrics
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.errors import Stopped, TrainingError
 from ray_dwm.orchestration.series import BY_NAME, PLACE_TAGS, SERIES, Place, Series
 

@@ -22,8 +22,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_dwm.config import RunConfig
-from ray_dwm.engine.checkpoint import list_checkpoints, step_of
 from ray_dwm.engine.messages import note, say
+from ray_dwm.engine.saved import list_checkpoints, step_of
 from ray_dwm.errors import ConfigError, UserError, first_line
 from ray_dwm.logs import say as tell
 

@@ -21,7 +21,7 @@ from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
 from ray_dwm.engine import storage
-from ray_dwm.engine.checkpoint import list_checkpoints
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.engine.setup import build
 from ray_dwm.errors import ConfigError, TrainingError
 

@@ -23,9 +23,9 @@ from synthetic import tiny_config
 from ray_dwm.config import RunConfig
 from ray_dwm.data.plan import Cursor
 from ray_dwm.engine import mesh, storage
-from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.parts import Parts
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.engine.setup import build
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.errors import TrainingError

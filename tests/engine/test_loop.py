@@ -20,9 +20,9 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import take_share
-from ray_dwm.engine.checkpoint import list_checkpoints
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.metrics import MetricSink
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.engine.setup import build
 from ray_dwm.errors import ConfigError, TrainingError
 from ray_dwm.models.lm import flops_per_token

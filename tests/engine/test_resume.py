@@ -16,8 +16,8 @@ from test_invariants import TIMES, train
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine import loop
-from ray_dwm.engine.checkpoint import list_checkpoints, step_of
 from ray_dwm.engine.loop import Trainer
+from ray_dwm.engine.saved import list_checkpoints, step_of
 from ray_dwm.engine.setup import build, check_checkpoint, check_data
 from ray_dwm.errors import ConfigError, Stopped
 

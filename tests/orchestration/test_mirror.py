@@ -11,7 +11,7 @@ from orchestration.conftest import wait_for
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
-from ray_dwm.engine.checkpoint import list_checkpoints
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.errors import ConfigError, UserError
 from ray_dwm.orchestration import mirror
 from ray_dwm.orchestration.mirror import Mirror, prepare_mirror, prove

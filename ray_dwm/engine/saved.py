@@ -1,0 +1,15 @@
+"""Checkpoints by their names: what is found in a run folder without loading any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob("step_*/.metadata") if not path.parent.suffix)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step_"))
