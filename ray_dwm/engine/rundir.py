@@ -17,8 +17,11 @@ from ray_dwm.data.records import LOCK, locked, read_json, write_whole
 from ray_dwm.engine.reference import reference_weights
 from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, UserError
 
-# What may differ when a run is resumed: where and on what it runs, not what it computes.
+STOP, RUNNING = "stop", "running"
+"""Files by which driver and workers talk while they live."""
 _DATA = "data.json"
+
+# What may differ when a run is resumed: where and on what it runs, not what it computes.
 _FREE = ("storage", "mirror", "cluster", "parallel", "tracking", "prepare", "selection", "checkpoint", "evaluation")
 _FREE_KEYS = ("train.micro_batch", "train.profile", "train.profile_first", "train.profile_steps")
 
@@ -130,12 +133,12 @@ def failure_path(config: RunConfig) -> Path:
 
 def stop_path(config: RunConfig) -> Path:
     """A file by which the driver asks the workers to save a checkpoint and end."""
-    return config.run_dir / "stop"
+    return config.run_dir / STOP
 
 
 def running_path(config: RunConfig) -> Path:
     """A file that is there while workers run, and so can do what `stop_path` asks for."""
-    return config.run_dir / "running"
+    return config.run_dir / RUNNING
 
 
 def record_failure(config: RunConfig, error: DwmError, where: str = "") -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CONTENTS = ".metadata"
+"""A checkpoint's table of contents (DCP's); where it is missing there is no checkpoint."""
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("step_*/.metadata") if not path.parent.suffix)
+    return sorted(path.parent for path in folder.glob(f"step_*/{CONTENTS}") if not path.parent.suffix)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ray_dwm.engine.identity import IDENTITY
+from ray_dwm.engine.saved import CONTENTS
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.plain import damage
 from ray_dwm.errors import first_line
@@ -88,7 +89,7 @@ class Writer(FileSystemWriter):
 def digest(checkpoint: Path) -> str:
     """Of what says which checkpoint it is: a folder of the same name may have been written twice."""
     try:
-        parts = [(checkpoint / name).read_bytes() for name in (".metadata", IDENTITY)]
+        parts = [(checkpoint / name).read_bytes() for name in (CONTENTS, IDENTITY)]
     except OSError:
         return ""
     return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -23,14 +23,13 @@ from pyarrow import fs
 
 from ray_dwm.config import RunConfig
 from ray_dwm.engine.messages import note, say
-from ray_dwm.engine.saved import list_checkpoints, step_of
+from ray_dwm.engine.rundir import RUNNING, STOP
+from ray_dwm.engine.saved import CONTENTS, list_checkpoints, step_of
 from ray_dwm.errors import ConfigError, UserError, first_line
 from ray_dwm.logs import say as tell
 
-CONTENTS = ".metadata"
-"""Of a checkpoint; where it is missing there is no checkpoint."""
 _CONFIG, _SUMMARY, _CHECKPOINTS = "config.yaml", "summary.json", "checkpoints/"
-_PASSING = {"stop", "running"}
+_PASSING = {STOP, RUNNING}
 _POLL_S = 5.0
 _LOG_S = 60.0
 """How old the copy of what is logged between two checkpoints may become."""
