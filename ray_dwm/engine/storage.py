@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ray_dwm.engine.identity import IDENTITY
-from ray_dwm.engine.saved import CONTENTS
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.plain import damage
+from ray_dwm.engine.saved import CONTENTS
 from ray_dwm.errors import first_line
 
 SIGHT_LIMIT_S = 90.0
