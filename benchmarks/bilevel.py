@@ -37,7 +37,7 @@ from bilevel_probe import GROUP
 from common import parser, result_path, versions, where, write_result
 
 from ray_dwm.config import BilevelConfig
-from ray_dwm.models.lm import PRESETS
+from ray_dwm.models.presets import PRESETS
 
 TABLES: dict[str, ModuleType] = {
     "cost": bilevel_cost,

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ray_dwm.config import BilevelConfig, RunConfig
 from ray_dwm.engine.batch import Batch, to_batch
+from ray_dwm.engine.checks import check_data
+from ray_dwm.engine.given import build_learner
 from ray_dwm.engine.learner import Feedback, LocalWeightService
-from ray_dwm.engine.setup import build, build_learner, build_weigher, check_data
+from ray_dwm.engine.setup import build, build_weigher
 from ray_dwm.engine.upper import UpperLevel
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.engine.weighting import Statistics
-from ray_dwm.models.lm import PRESETS
+from ray_dwm.models.presets import PRESETS
 
 NEVER = 10**9
 

@@ -32,8 +32,9 @@ from bilevel_bench import (
 from common import run_ranks, spread, timed_fit
 
 from ray_dwm.config import RunConfig
-from ray_dwm.engine.setup import build_learner, check_data
-from ray_dwm.models.lm import parameter_count
+from ray_dwm.engine.checks import check_data
+from ray_dwm.engine.given import build_learner
+from ray_dwm.models.presets import parameter_count
 
 EVERY = (1, 5, 10, 20)
 APART = ("elsewhere", "dwm_update")

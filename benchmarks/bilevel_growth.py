@@ -19,7 +19,7 @@ from common import run_ranks
 
 from ray_dwm.config import RunConfig
 from ray_dwm.models.dwm import SIZES, build_dwm, dwm_shape
-from ray_dwm.models.lm import PRESETS, parameter_count
+from ray_dwm.models.presets import PRESETS, parameter_count
 
 FACTORS = (0.25, 0.5, 1, 2)
 Case = tuple[str, str, int, RunConfig]

@@ -31,11 +31,12 @@ from ray_dwm.config import RunConfig, load, to_dict
 from ray_dwm.data.manifest import DomainStats, Manifest, ShardFile
 from ray_dwm.data.shards import Rows, open_shards, write_shard
 from ray_dwm.engine.batch import BatchSource, LocalSource
+from ray_dwm.engine.checks import check_data, read_plan
 from ray_dwm.engine.clock import synchronize
 from ray_dwm.engine.learner import WeightService
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import device, init_mesh
-from ray_dwm.engine.setup import build, check_data, read_plan
+from ray_dwm.engine.setup import build
 
 multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"])
 RESULTS = Path(__file__).parent / "results"

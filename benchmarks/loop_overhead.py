@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
 
 from ray_dwm.config import RunConfig
+from ray_dwm.engine.checks import check_data, seq_len
 from ray_dwm.engine.mesh import device
-from ray_dwm.engine.setup import check_data, seq_len
 from ray_dwm.models.lm import lm_config
 
 

@@ -26,7 +26,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.core.accounting import mfu
 from ray_dwm.core.hardware import recognise
 from ray_dwm.engine.mesh import device
-from ray_dwm.models.lm import flops_per_token
+from ray_dwm.models.presets import flops_per_token
 
 CHUNK = "parallel.loss_chunk=8192"
 COMPILE = "parallel.compile=true"

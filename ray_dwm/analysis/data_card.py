@@ -13,7 +13,7 @@ from ray_dwm.analysis.tables import Table
 from ray_dwm.configuring import dotted
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, find_manifest
 from ray_dwm.data.records import read_json
-from ray_dwm.engine.setup import target_sets
+from ray_dwm.engine.checks import target_sets
 from ray_dwm.selection.record import RECORD
 
 _LISTED = 12

@@ -24,9 +24,9 @@ from ray_dwm.analysis.runs import Run
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER
-from ray_dwm.engine.setup import seq_len, target_sets
+from ray_dwm.engine.checks import seq_len, target_sets
 from ray_dwm.errors import DataError, UserError
-from ray_dwm.models.hf import load_dwm
+from ray_dwm.models.folders import load_dwm
 from ray_dwm.selection.method import Sweep
 
 SAMPLES = 6144

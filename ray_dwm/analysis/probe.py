@@ -28,7 +28,7 @@ from ray_dwm.data.shards import Rows
 from ray_dwm.engine.replay import Entry, read_trajectory
 from ray_dwm.errors import DataError
 from ray_dwm.models.dwm import DataWeightingModel
-from ray_dwm.models.hf import load_dwm
+from ray_dwm.models.folders import load_dwm
 from ray_dwm.selection.dwm import Encoded
 from ray_dwm.selection.method import Arrays
 

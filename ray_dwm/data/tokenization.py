@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
-from transformers import AutoTokenizer
 
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.errors import DataError
@@ -36,6 +35,8 @@ class Tokenizer:
             raise DataError(
                 f"{path} holds no tokenizer.json: name a Hugging Face tokenizer folder in prepare.tokenizer"
             )
+        from transformers import AutoTokenizer  # takes seconds, and prepared shards need none
+
         try:
             self._hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise many kinds for a damaged folder

@@ -16,14 +16,16 @@ from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.records import read_json
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
+from ray_dwm.engine.checks import seq_len
 from ray_dwm.engine.mesh import is_main
 from ray_dwm.engine.parts import Parts
 from ray_dwm.engine.plain import ForeignState, PlainPlanner, damage
 from ray_dwm.engine.replay import write_trajectory
 from ray_dwm.engine.saved import step_of
-from ray_dwm.engine.setup import run_lm_config, seq_len
+from ray_dwm.engine.setup import run_lm_config
 from ray_dwm.errors import TrainingError, first_line
-from ray_dwm.models.hf import save_dwm, save_lm
+from ray_dwm.models.folders import save_dwm
+from ray_dwm.models.hf import save_lm
 
 
 def export_dwm(parts: Parts, train: Manifest, step: int) -> None:

@@ -5,6 +5,8 @@ The mathematics is in core/group_dro.py. Legend: D = domains, B = sequences of t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,9 @@ from ray_dwm.engine.mesh import all_gather_rows, is_main
 from ray_dwm.engine.messages import say
 from ray_dwm.engine.weighting import Statistics
 from ray_dwm.errors import Collapsed, ConfigError, NotFinite
-from ray_dwm.models.lm import Lm
+
+if TYPE_CHECKING:  # what is checked before a run needs no transformers
+    from ray_dwm.models.lm import Lm
 
 _FEW_STEPS = 20
 """In a row, in which one domain may have nearly all however short the run is: at the start gaps are wide."""

@@ -13,7 +13,7 @@ from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.errors import ConfigError
 from ray_dwm.models.dwm import dwm_shape
-from ray_dwm.models.lm import lm_shape
+from ray_dwm.models.presets import lm_shape
 
 IDENTITY = "identity.json"
 Identity = Mapping[str, Any]

@@ -25,7 +25,6 @@ from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.engine.batch import Batch, draw, to_batch
 from ray_dwm.engine.checkpoint import Checkpointer
 from ray_dwm.engine.identity import run_identity
-from ray_dwm.engine.saved import list_checkpoints, step_of
 from ray_dwm.engine.setup import build
 from ray_dwm.engine.state import TrainingState
 from ray_dwm.engine.step import LowerLevel
@@ -136,9 +135,3 @@ def open_prober(run_dir: Path, step: int) -> Prober:
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
     return run_dir / "checkpoints" / f"step_{step:09d}"
-
-
-def newest_step(run_dir: Path) -> int | None:
-    """Steps of the newest whole checkpoint of a run; None where there is none."""
-    found = list_checkpoints(run_dir / "checkpoints")
-    return step_of(found[-1]) if found else None

@@ -5,30 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, file_sha256
 from ray_dwm.data.records import read_json
-from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.errors import DataError
-from ray_dwm.models.hf import lm_folder, load_lm
-from ray_dwm.models.lm import Lm
+from ray_dwm.models.folders import lm_folder
 
 
-def build_reference(config: RunConfig, mesh: DeviceMesh) -> Lm | None:
-    """The reference LM, laid out and computing like the run's LM: with equal weights it has equal losses."""
-    folder = _folder(config)
-    if folder is None:
+def reference_folder(config: RunConfig) -> Path | None:
+    """Where it lies; None where the run has none."""
+    dro = config.weighting.group_dro
+    if config.weighting.method != "group_dro" or not dro.reference:
         return None
-    model = load_lm(folder, loss_chunk=config.parallel.loss_chunk, attention=config.lm.attention)
-    model.requires_grad_(False).eval()
-    return parallelize(model, mesh, config.train.precision, config.parallel)
+    return lm_folder(Path(dro.reference).expanduser())
 
 
 def reference_weights(config: RunConfig) -> Path | None:
     """A file that tells one reference LM from another; None where the run has none."""
-    folder = _folder(config)
+    folder = reference_folder(config)
     return None if folder is None else next(iter(sorted(folder.glob("*.safetensors"))), folder / "config.json")
 
 
@@ -38,7 +32,7 @@ def check_reference(config: RunConfig, train: Manifest, seq_len: int) -> None:
     Raises:
         DataError: there is none, or it is of another kind, tokenizer, vocabulary or context.
     """
-    folder = _folder(config)
+    folder = reference_folder(config)
     if folder is None:
         return
     if not (folder / "config.json").is_file():
@@ -59,10 +53,3 @@ def check_reference(config: RunConfig, train: Manifest, seq_len: int) -> None:
             raise DataError(
                 f"reference LM {folder} has {key} = {found.get(key)}, {train.folder} needs {least}: name another LM"
             )
-
-
-def _folder(config: RunConfig) -> Path | None:
-    dro = config.weighting.group_dro
-    if config.weighting.method != "group_dro" or not dro.reference:
-        return None
-    return lm_folder(Path(dro.reference).expanduser())

@@ -22,7 +22,7 @@ from ray_dwm.engine.weigher import batch_scores
 from ray_dwm.engine.weighting import Stateless, Statistics
 from ray_dwm.errors import DataError
 from ray_dwm.models.dwm import DataWeightingModel
-from ray_dwm.models.hf import load_dwm
+from ray_dwm.models.folders import load_dwm
 
 TRAJECTORY = "trajectory.json"
 

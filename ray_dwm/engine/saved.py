@@ -16,3 +16,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The number of steps that a checkpoint was saved after."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def newest_step(run_dir: Path) -> int | None:
+    """Steps of the newest whole checkpoint of a run; None where there is none."""
+    found = list_checkpoints(run_dir / "checkpoints")
+    return step_of(found[-1]) if found else None

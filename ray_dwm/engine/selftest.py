@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -120,6 +119,8 @@ def probe_group(shard: int = 0, timeout_s: float = 60.0) -> GroupProbe:
 
 
 def _fsdp_error(rank: int, world: int, place: torch.device, mesh: DeviceMesh) -> float:
+    from torch.distributed.fsdp import fully_shard  # takes a second, and not all who import this probe it
+
     generator = torch.Generator().manual_seed(1)
     x_BD = torch.randn(4 * world, 16, generator=generator).to(place)
     plain, sharded = _two_layers().to(place), _two_layers().to(place)

@@ -7,165 +7,34 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig
 
 from ray_dwm.config import RunConfig
-from ray_dwm.data.manifest import Manifest, load_manifest
-from ray_dwm.data.plan import ReadPlan
+from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import ShardReader, open_shards
-from ray_dwm.data.stages import StagedPlan
 from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
-from ray_dwm.engine.group_dro import GroupDroWeighting, initial_weights
-from ray_dwm.engine.identity import difference, foreign, run_identity
-from ray_dwm.engine.learner import DwmLearner, LocalWeightService, WeightService
+from ray_dwm.engine.checks import check_data, evaluation_sets, read_plan, seq_len, target_sets
+from ray_dwm.engine.given import build_learner, run_dwm_shape
+from ray_dwm.engine.group_dro import GroupDroWeighting
+from ray_dwm.engine.identity import run_identity
+from ray_dwm.engine.learner import LocalWeightService, WeightService
 from ray_dwm.engine.materialize import materialize, without_values
 from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.parts import Parts
-from ray_dwm.engine.reference import build_reference, check_reference
+from ray_dwm.engine.reference import reference_folder
 from ray_dwm.engine.replay import ReplayedWeighting
-from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weigher import Weigher
 from ray_dwm.engine.weighting import Weighting
-from ray_dwm.errors import ConfigError, DataError
-from ray_dwm.models.dwm import DwmShape, build_dwm, dwm_shape
-from ray_dwm.models.hf import load_dwm
-from ray_dwm.models.lm import Lm, flops_per_token, lm_config, lm_shape
-
-
-def check_data(config: RunConfig) -> Manifest:
-    """Read all manifests of a run and check that they fit each other and the configuration.
-
-    Returns:
-        The training set's manifest.
-
-    Raises:
-        ConfigError, DataError: naming the key or file and the remedy.
-    """
-    if not config.data.train:
-        raise ConfigError("data.train is empty: name a folder of token shards")
-    lm_shape(config.lm.preset)
-    train = load_manifest(config.data.train)
-    ReadPlan(rows_per_file=train.rows_per_file, global_batch=config.train.global_batch, seed=config.seed)
-    if config.lm.seq_len > train.seq_len:
-        raise ConfigError(
-            f"lm.seq_len is {config.lm.seq_len}, the shards in {train.folder} hold {train.seq_len} tokens a sequence: "
-            "lower it or prepare anew"
-        )
-    for name, folder in evaluation_sets(config).items():
-        other = load_manifest(folder)
-        if other.tokenizer_sha256 != train.tokenizer_sha256:
-            raise DataError(
-                f"{other.folder} (set {name}) was made with tokenizer {other.tokenizer_name}, {train.folder} with "
-                f"{train.tokenizer_name}, another one: prepare both with the same tokenizer"
-            )
-        if other.seq_len < seq_len(config, train):
-            raise DataError(
-                f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew"
-            )
-        if name in target_sets(config) and config.target_draw is not None:
-            key, sequences = config.target_draw
-            of_it = " of each set" if config.data.more_targets else ""
-            sets = len(target_sets(config)) if config.weighting.method == "dwm" else 1
-            rows = learnt_rows(config, other)
-            if rows < sequences // sets:
-                raise DataError(
-                    f"target set {other.folder} has {rows} sequences, {key} asks for {sequences // sets}{of_it}: "
-                    "lower it or prepare a larger target set"
-                )
-    if config.target_draw is not None and not config.data.target:
-        raise ConfigError(
-            f"data.target is empty: weighting.method={config.weighting.method} needs a target set, or set "
-            "weighting.method=uniform"
-        )
-    _check_given_dwm(config, train)
-    if config.weighting.method == "group_dro":
-        initial_weights(config, train.domain_names)
-        check_reference(config, train, seq_len(config, train))
-    return train
-
-
-def check_checkpoint(config: RunConfig, train: Manifest) -> None:
-    """Compare the newest checkpoint of the run folder, if there is one, with the run, before anything starts.
-
-    Raises:
-        ConfigError: it is of another model, tokenizer, optimizer or weighting.
-    """
-    for newest in list_checkpoints(config.run_dir / "checkpoints")[-1:]:
-        if (reason := difference(newest, run_identity(config, train))) is not None:
-            raise foreign(newest, reason)
-
-
-def _check_given_dwm(config: RunConfig, train: Manifest) -> None:
-    """Read the DWM that a run is given, so that one that does not fit is told before anything starts."""
-    if config.weighting.method != "dwm":
-        return
-    if not config.dwm.learns:
-        ReplayedWeighting(config, train.tokenizer_sha256, torch.device("cpu"))
-    elif config.dwm.init_from:
-        build_learner(config, train)
-
-
-def evaluation_sets(config: RunConfig) -> dict[str, str]:
-    """Name -> shards of everything that is evaluated: the target set and the held-out sets."""
-    return {**target_sets(config), **config.data.held_out}
-
-
-def target_sets(config: RunConfig) -> dict[str, str]:
-    """Name -> shards of what the upper level minimises."""
-    return {"target": config.data.target, **config.data.more_targets} if config.data.target else {}
-
-
-def learnt_rows(config: RunConfig, target: Manifest) -> int:
-    """Sequences of a target set that the weighting learns from."""
-    few = config.bilevel.target_sequences if config.weighting.method == "dwm" else 0
-    return min(few or target.rows, target.rows)
-
-
-def seq_len(config: RunConfig, train: Manifest) -> int:
-    """Tokens of each sequence that are used."""
-    return config.lm.seq_len or train.seq_len
-
-
-def read_plan(config: RunConfig, train: Manifest) -> ReadPlan | StagedPlan:
-    """The order of the training set."""
-    if config.in_stages:
-        return StagedPlan(
-            run_dir=str(config.run_dir),
-            steps=config.train.steps,
-            stages=config.selection.mates.stages,
-            global_batch=config.train.global_batch,
-            seed=config.seed,
-            block_rows=config.data.block_rows,
-            window_blocks=config.data.window_blocks,
-        )
-    ordered = train.made_by.get("ordered") is True
-    return ReadPlan(
-        rows_per_file=train.rows_per_file,
-        global_batch=config.train.global_batch,
-        seed=config.seed,
-        block_rows=config.data.block_rows,
-        window_blocks=config.data.window_blocks,
-        stored=config.data.order == "stored" or (config.data.order == "auto" and ordered),
-    )
-
-
-def build_learner(config: RunConfig, train: Manifest) -> DwmLearner:
-    """The upper level's learner at version 0."""
-    learner = DwmLearner(run_dwm_shape(config, train), config.dwm, config.bilevel, config.seed)
-    if config.dwm.init_from:
-        given, _ = load_dwm(Path(config.dwm.init_from).expanduser(), train.tokenizer_sha256)
-        if given.shape != learner.model.shape:
-            raise ConfigError(
-                f"dwm.init_from={config.dwm.init_from} is of another architecture ({given.shape}): set dwm.size, "
-                "dwm.lm_features and dwm.batch_attention to it"
-            )
-        learner.model.load_state_dict(given.state_dict())
-    return learner
+from ray_dwm.models.dwm import build_dwm
+from ray_dwm.models.hf import load_lm
+from ray_dwm.models.lm import Lm, lm_config
+from ray_dwm.models.presets import flops_per_token
 
 
 def run_lm_config(config: RunConfig, train: Manifest) -> LlamaConfig:
@@ -179,16 +48,21 @@ def run_lm_config(config: RunConfig, train: Manifest) -> LlamaConfig:
     )
 
 
-def run_dwm_shape(config: RunConfig, train: Manifest) -> DwmShape:
-    """The DWM's architecture in a run."""
-    return dwm_shape(config.dwm.size, train.vocab_size, config.dwm.lm_features, config.dwm.batch_attention)
-
-
 def build_weigher(config: RunConfig, train: Manifest, service: WeightService | None, place: torch.device) -> Weigher:
     """This rank's replica of the DWM at version 0; without `service` it is learnt in this process."""
     learner = build_learner(config, train)
     replica = build_dwm(run_dwm_shape(config, train), config.seed)
     return Weigher(config, replica, learner.state(), service or LocalWeightService(learner), place)
+
+
+def build_reference(config: RunConfig, mesh: DeviceMesh) -> Lm | None:
+    """The reference LM, laid out and computing like the run's LM: with equal weights it has equal losses."""
+    folder = reference_folder(config)
+    if folder is None:
+        return None
+    model = load_lm(folder, loss_chunk=config.parallel.loss_chunk, attention=config.lm.attention)
+    model.requires_grad_(False).eval()
+    return parallelize(model, mesh, config.train.precision, config.parallel)
 
 
 def build(

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ray_dwm.errors import UserError
-from ray_dwm.models.hf import newest_dwm
+from ray_dwm.models.folders import newest_dwm
 
 
 def export_run(run: Path, output: Path) -> None:

@@ -21,7 +21,7 @@ from ray_dwm.data.records import read_json
 from ray_dwm.errors import DataError, UserError, first_line
 from ray_dwm.evaluation.scores import Evaluation, Score
 from ray_dwm.evaluation.taskfile import find_tasks, write_task
-from ray_dwm.models.hf import RUN_CONFIG, lm_folder
+from ray_dwm.models.folders import RUN_CONFIG, lm_folder
 
 _PACKAGES = ("lm-eval", "datasets", "transformers", "torch", "ray-dwm")
 

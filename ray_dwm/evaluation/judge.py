@@ -18,7 +18,7 @@ from ray_dwm.evaluation.harness import Tasks, require_lm
 from ray_dwm.evaluation.perplexity import Result, evaluate_folders, format_table
 from ray_dwm.evaluation.scores import Evaluation, keep, read_overlaps, table, to_dict
 from ray_dwm.logs import width
-from ray_dwm.models.hf import RUN_CONFIG
+from ray_dwm.models.folders import RUN_CONFIG
 from ray_dwm.sections import MAX_OVERLAP
 
 

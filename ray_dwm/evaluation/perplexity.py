@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from ray_dwm.core.losses import predicted_mask, token_losses
 from ray_dwm.data.manifest import file_sha256, load_manifest
 from ray_dwm.data.shards import Rows, ShardReader
 from ray_dwm.errors import DataError, UserError
-from ray_dwm.models.hf import lm_folder
+from ray_dwm.models.folders import lm_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,8 @@ def load_lm(folder: Path) -> torch.nn.Module:
     Raises:
         UserError: where there is none.
     """
+    from transformers import AutoModelForCausalLM  # takes seconds, and not all who look at losses load an LM
+
     path = lm_folder(folder)
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} is neither a finished run folder nor a Hugging Face folder: name one of these")

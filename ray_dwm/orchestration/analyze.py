@@ -14,7 +14,7 @@ from ray_dwm.analysis.runs import Run, open_runs, versions
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
-from ray_dwm.engine.setup import target_sets
+from ray_dwm.engine.checks import target_sets
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect

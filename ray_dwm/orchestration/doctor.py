@@ -12,8 +12,8 @@ import ray
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import find_manifest
-from ray_dwm.engine.setup import seq_len
-from ray_dwm.models.lm import lm_shape
+from ray_dwm.engine.checks import seq_len
+from ray_dwm.models.presets import lm_shape
 from ray_dwm.orchestration import doctor_config, doctor_nodes, doctor_probes
 from ray_dwm.orchestration.cluster import (
     NAMESPACE,

@@ -12,11 +12,12 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
 from ray_dwm.data.plan import WORTH_EPOCHS
 from ray_dwm.data.records import LOCK, is_locked
 from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.checks import check_checkpoint, check_data, evaluation_sets, read_plan, seq_len
+from ray_dwm.engine.given import build_learner
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
-from ray_dwm.engine.setup import build_learner, check_checkpoint, check_data, evaluation_sets, read_plan, seq_len
 from ray_dwm.logs import in_job
-from ray_dwm.models.lm import parameter_count
+from ray_dwm.models.presets import parameter_count
 from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count

@@ -20,9 +20,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ray_dwm.config import RunConfig
+from ray_dwm.data.filesystem import lacking
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.engine.selftest import AttentionProbe, GroupProbe, probe_attention, probe_group
-from ray_dwm.engine.storage import lacking
 from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration.cluster import alive_nodes, fitting, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts, node_facts

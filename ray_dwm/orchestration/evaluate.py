@@ -20,7 +20,6 @@ import torch
 from ray_dwm import logs
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import load_manifest
-from ray_dwm.engine.export import export_checkpoint
 from ray_dwm.engine.messages import note, say
 from ray_dwm.engine.saved import list_checkpoints, step_of
 from ray_dwm.errors import first_line
@@ -172,6 +171,8 @@ def _reason(error: Exception) -> str:
 
 def _evaluate(values: dict[str, Any], checkpoint: str | None, step: int) -> dict[str, Any]:
     """In a process of its own: scores of a checkpoint, or without one of the finished LM in hf/, as plain values."""
+    from ray_dwm.engine.export import export_checkpoint  # transformers, which the driver does not need
+
     os.nice(_NICENESS)
     config: RunConfig = build(RunConfig, values)
     asked, train = config.evaluation, load_manifest(config.data.train)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
-from ray_dwm.engine.setup import evaluation_sets, target_sets
+from ray_dwm.engine.checks import evaluation_sets, target_sets
 from ray_dwm.errors import ConfigError, DataError, UserError
 from ray_dwm.experimenting import Cell, ExperimentConfig
-from ray_dwm.models.lm import parameter_count
+from ray_dwm.models.presets import parameter_count
 from ray_dwm.orchestration.cells import check_cell, configure, is_done, tokens
 from ray_dwm.orchestration.cluster import connect, needed
 from ray_dwm.orchestration.doctor_config import disk_needed

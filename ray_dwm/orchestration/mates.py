@@ -21,10 +21,10 @@ from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.data.stages import ROWS, Stage, chosen_rows, cut, stage_folder
+from ray_dwm.engine.checks import seq_len
 from ray_dwm.engine.messages import say
-from ray_dwm.engine.probe import newest_step
 from ray_dwm.engine.rundir import stop_path
-from ray_dwm.engine.setup import seq_len
+from ray_dwm.engine.saved import newest_step
 from ray_dwm.errors import ConfigError, DataError, Stopped, TrainingError
 from ray_dwm.orchestration.fit import fit, fit_until
 from ray_dwm.orchestration.sweep import RaySweep

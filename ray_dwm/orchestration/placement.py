@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import MANIFEST
-from ray_dwm.engine.setup import evaluation_sets
+from ray_dwm.engine.checks import evaluation_sets
 from ray_dwm.errors import ResourceError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import (

@@ -11,7 +11,7 @@ from ray_dwm.analysis.grid import read_grid
 from ray_dwm.analysis.tuning import Row, Trial
 from ray_dwm.config import RunConfig
 from ray_dwm.experimenting import ExperimentConfig, MethodConfig, SizeConfig
-from ray_dwm.models.hf import newest_dwm
+from ray_dwm.models.folders import newest_dwm
 from ray_dwm.orchestration.study import TRIALS
 from ray_dwm.tuning import UNIFORM, TuneConfig, scale_config, with_values
 

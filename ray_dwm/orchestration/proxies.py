@@ -16,8 +16,8 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
 from ray_dwm.data.records import digest, locked, read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
 from ray_dwm.logs import say
-from ray_dwm.models.hf import lm_folder
-from ray_dwm.models.lm import lm_shape
+from ray_dwm.models.folders import lm_folder
+from ray_dwm.models.presets import lm_shape
 from ray_dwm.orchestration.run import run as train
 from ray_dwm.orchestration.sweep import RaySweep
 from ray_dwm.selecting import SelectionConfig

@@ -9,8 +9,8 @@ from typing import Any
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.checks import check_checkpoint, check_data, evaluation_sets
 from ray_dwm.engine.rundir import check, claim, read_summary
-from ray_dwm.engine.setup import check_checkpoint, check_data, evaluation_sets
 from ray_dwm.evaluation.taskfile import is_path
 from ray_dwm.logs import bind, say
 from ray_dwm.orchestration.cluster import connect

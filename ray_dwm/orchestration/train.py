@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray_dwm.config import RunConfig
-from ray_dwm.engine.setup import check_data
+from ray_dwm.engine.checks import check_data
 from ray_dwm.orchestration.cluster import warn_if_temporary
 from ray_dwm.orchestration.mates import check_stages, fit_stages
 from ray_dwm.orchestration.prepare import prepare_sets

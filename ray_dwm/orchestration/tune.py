@@ -26,8 +26,8 @@ from ray_dwm.analysis.tuning import Row, Trial, best, done, finished
 from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.data.manifest import MANIFEST, Manifest
 from ray_dwm.data.records import LOCK, locked, write_whole
+from ray_dwm.engine.checks import check_data, evaluation_sets
 from ray_dwm.engine.rundir import check as check_folder
-from ray_dwm.engine.setup import check_data, evaluation_sets
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import ConfigError, DataError, Stopped, TrainingError, UserError
 from ray_dwm.experimenting import grid

@@ -14,7 +14,7 @@ from ray_dwm.core.upper_memory import Upper
 from ray_dwm.data.manifest import Manifest, find_manifest
 from ray_dwm.errors import ConfigError
 from ray_dwm.models.dwm import dwm_shape
-from ray_dwm.models.lm import llama
+from ray_dwm.models.presets import llama
 
 USUAL_VOCABULARY = 32_000
 """Where nobody says: that of the presets' parameter counts."""

@@ -26,7 +26,7 @@ from ray_dwm.data.shards import Rows
 from ray_dwm.engine.mesh import device
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.models.dwm import DataWeightingModel
-from ray_dwm.models.hf import load_dwm
+from ray_dwm.models.folders import load_dwm
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task

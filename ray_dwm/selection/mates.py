@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray_dwm.config import to_dict
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
-from ray_dwm.engine.probe import newest_step, open_prober
+from ray_dwm.engine.saved import newest_step
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.influence import Fit, Influence, standardised
@@ -126,6 +126,8 @@ class Oracle:
     seed: int
 
     def __call__(self, rows: Rows) -> Arrays:
+        from ray_dwm.engine.probe import open_prober  # transformers, which only this task needs
+
         found = []
         for folder, step in self.looks:
             prober = open_prober(Path(folder), step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
-from ray_dwm.engine.setup import target_sets
+from ray_dwm.engine.checks import target_sets
 from ray_dwm.errors import ConfigError, DataError
 
 _LEAST = 8

@@ -20,10 +20,11 @@ from ray_dwm.data.plan import target_rows
 from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import Batch, take_share, to_batch
+from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.export import export_dwm
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.parts import Parts
-from ray_dwm.engine.setup import build, check_data
+from ray_dwm.engine.setup import build
 
 LOSS = ["weighting.method=loss"]
 JOINT = ["weighting.method=joint_update_aware", "weighting.anchor_every=2", "weighting.anchor_sequences=16"]

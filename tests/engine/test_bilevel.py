@@ -19,13 +19,14 @@ from ray_dwm.data.plan import target_rows
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import Batch, take_share
 from ray_dwm.engine.bilevel import BilevelStep
+from ray_dwm.engine.checks import check_data, read_plan
 from ray_dwm.engine.contraction import Oracle, Problem
 from ray_dwm.engine.evaluate import mean_loss
 from ray_dwm.engine.ghost import Ghost
 from ray_dwm.engine.mesh import all_gather_rows, init_mesh, shard
 from ray_dwm.engine.parallelize import parallelize
 from ray_dwm.engine.parts import Parts
-from ray_dwm.engine.setup import build, check_data, read_plan
+from ray_dwm.engine.setup import build
 from ray_dwm.engine.step import LowerLevel
 from ray_dwm.engine.weighting import GivenWeights
 from ray_dwm.models.dwm import build_dwm, dwm_shape

@@ -12,10 +12,12 @@ from test_baselines import fitted
 
 from ray_dwm.config import RunConfig
 from ray_dwm.core.weighting import kl_to_uniform, weights_from_scores
+from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.controls import applied_weights, generator, learnt_alignments
+from ray_dwm.engine.given import build_learner
 from ray_dwm.engine.learner import Feedback, LocalWeightService
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.setup import build, build_learner, check_data
+from ray_dwm.engine.setup import build
 
 CONTROLS = ["none", "random", "shuffled", "shuffled_target"]
 

@@ -17,11 +17,12 @@ from ray_dwm.config import RunConfig
 from ray_dwm.core.losses import token_losses
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.engine.batch import to_batch
+from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.export import export_lm
 from ray_dwm.engine.group_dro import GroupDroWeighting
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.messages import MESSAGES
-from ray_dwm.engine.setup import build, check_data
+from ray_dwm.engine.setup import build
 from ray_dwm.errors import TrainingError, UserError
 from ray_dwm.models.hf import load_lm
 

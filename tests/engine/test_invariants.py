@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
+from ray_dwm.engine.checks import check_data, read_plan
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.setup import build, check_data, read_plan
+from ray_dwm.engine.setup import build
 from ray_dwm.models.lm import build_lm, lm_config
 
 TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "checkpoint_seconds", "tokens_per_s", "tflops")

@@ -25,7 +25,7 @@ from ray_dwm.engine.metrics import MetricSink
 from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.engine.setup import build
 from ray_dwm.errors import ConfigError, TrainingError
-from ray_dwm.models.lm import flops_per_token
+from ray_dwm.models.presets import flops_per_token
 
 
 def message_of(config: RunConfig) -> str:

@@ -19,7 +19,8 @@ from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.core.losses import token_losses
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import draw
-from ray_dwm.engine.probe import Prober, _alone, checkpoint_path, newest_step, open_prober
+from ray_dwm.engine.probe import Prober, _alone, checkpoint_path, open_prober
+from ray_dwm.engine.saved import newest_step
 from ray_dwm.errors import DataError, TrainingError
 from ray_dwm.models.lm import Lm, build_lm, lm_config
 

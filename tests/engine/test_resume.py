@@ -16,9 +16,10 @@ from test_invariants import TIMES, train
 from ray_dwm.config import RunConfig
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine import loop
+from ray_dwm.engine.checks import check_checkpoint, check_data
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.saved import list_checkpoints, step_of
-from ray_dwm.engine.setup import build, check_checkpoint, check_data
+from ray_dwm.engine.setup import build
 from ray_dwm.errors import ConfigError, Stopped
 
 STEPS, CUT = 10, 7  # the run is cut in step 7; its newest checkpoint is of step 6

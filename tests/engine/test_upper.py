@@ -21,14 +21,15 @@ from ray_dwm.core.weighting import weights_from_scores
 from ray_dwm.data.records import read_metrics
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.budget import Budget
+from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.contraction import Problem
 from ray_dwm.engine.export import export_dwm
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import shard
-from ray_dwm.engine.setup import build, check_data
+from ray_dwm.engine.setup import build
 from ray_dwm.engine.upper import UpperLevel
 from ray_dwm.errors import DataError, TrainingError
-from ray_dwm.models.hf import load_dwm
+from ray_dwm.models.folders import load_dwm
 
 
 def fitted(config: RunConfig) -> dict[str, Any]:

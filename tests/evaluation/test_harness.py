@@ -16,7 +16,7 @@ from ray_dwm.data.tokenization import Tokenizer, copy_tokenizer
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.evaluation.harness import Tasks, _load_lm, weights_digest
 from ray_dwm.evaluation.scores import Score
-from ray_dwm.models.hf import RUN_CONFIG
+from ray_dwm.models.folders import RUN_CONFIG
 from ray_dwm.models.lm import build_lm, lm_config
 
 VOCAB = 8192

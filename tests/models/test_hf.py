@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from ray_dwm.core.losses import token_losses
 from ray_dwm.errors import DataError
 from ray_dwm.models.dwm import build_dwm, dwm_shape
-from ray_dwm.models.hf import load_dwm, save_dwm, save_lm
+from ray_dwm.models.folders import load_dwm, save_dwm
+from ray_dwm.models.hf import save_lm
 from ray_dwm.models.lm import build_lm, lm_config
 
 

@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 from ray_dwm.core.losses import token_losses
 from ray_dwm.errors import ConfigError
-from ray_dwm.models.lm import PRESETS, build_lm, flops_per_token, lm_config, parameter_count
+from ray_dwm.models.lm import build_lm, lm_config
+from ray_dwm.models.presets import PRESETS, flops_per_token, parameter_count
 
 # Multiplied out by hand from width, layers, MLP width and vocabulary (see the table in models/lm.py).
 STATED = {

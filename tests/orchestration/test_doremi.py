@@ -13,9 +13,10 @@ from synthetic import make_shards, tiny_config
 
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.records import read_metrics
+from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.export import export_lm
 from ray_dwm.engine.loop import Trainer
-from ray_dwm.engine.setup import build, check_data
+from ray_dwm.engine.setup import build
 from ray_dwm.errors import UserError
 from ray_dwm.orchestration import doremi
 from ray_dwm.orchestration.proxies import Proxy

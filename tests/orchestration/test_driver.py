@@ -11,9 +11,9 @@ import pytest
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
+from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.mesh import TIMEOUT_S
 from ray_dwm.engine.rundir import record_failure, running_path, stop_path
-from ray_dwm.engine.setup import check_data
 from ray_dwm.errors import Stopped, TrainingError
 from ray_dwm.orchestration import fit
 

@@ -17,7 +17,7 @@ from test_dwm_scores import saved
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import open_shards
-from ray_dwm.engine.setup import read_plan
+from ray_dwm.engine.checks import read_plan
 from ray_dwm.errors import UserError
 from ray_dwm.orchestration import select as selecting
 from ray_dwm.orchestration.score import score

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
-from ray_dwm.models.hf import load_dwm
+from ray_dwm.models.folders import load_dwm
 from ray_dwm.orchestration.series import RANK, RAY_SERIES, SERIES
 from ray_dwm.orchestration.submit import Request, submit
 

@@ -15,7 +15,8 @@ from ray_dwm.config import RunConfig, load
 from ray_dwm.core.memory import pass_phases, peak, resting
 from ray_dwm.engine.mesh import init_mesh
 from ray_dwm.engine.parallelize import parallelize
-from ray_dwm.models.lm import build_lm, llama, lm_config
+from ray_dwm.models.lm import build_lm, lm_config
+from ray_dwm.models.presets import llama
 from ray_dwm.planning.inputs import Job
 
 SEQUENCES = 8

@@ -14,7 +14,7 @@ from ray_dwm.config import load
 from ray_dwm.core.costs import Speed
 from ray_dwm.core.hardware import gpu
 from ray_dwm.errors import ResourceError
-from ray_dwm.models.lm import llama
+from ray_dwm.models.presets import llama
 from ray_dwm.planning.estimate import USABLE, Estimate, estimate
 from ray_dwm.planning.inputs import job
 from ray_dwm.planning.plan import plan

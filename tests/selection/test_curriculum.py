@@ -18,7 +18,7 @@ from ray_dwm.config import build
 from ray_dwm.data.manifest import Manifest, ShardFile, load_manifest
 from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.engine.batch import LocalSource
-from ray_dwm.engine.setup import read_plan
+from ray_dwm.engine.checks import read_plan
 from ray_dwm.errors import ConfigError
 from ray_dwm.selecting import CurriculumConfig, SelectionConfig
 from ray_dwm.selection import curriculum

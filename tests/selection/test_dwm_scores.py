@@ -18,7 +18,7 @@ from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import UserError
 from ray_dwm.models.dwm import DataWeightingModel, build_dwm, dwm_shape
-from ray_dwm.models.hf import save_dwm
+from ray_dwm.models.folders import save_dwm
 from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection import curriculum, dwm
 from ray_dwm.selection.choose import highest

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ray_dwm.engine import storage
+from ray_dwm.data import filesystem
 
 
 def test_a_real_file_system_lacks_nothing_and_keeps_nothing(tmp_path: Path) -> None:
-    assert storage.lacking(tmp_path) is None
+    assert filesystem.lacking(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -35,7 +35,7 @@ def from_the_start(path: Path, mode: str = "r", *rest: Any, **options: Any) -> A
         (Path, "write_text", refuse, "write a file (Operation not supported)"),
         (Path, "open", no_append, "append to a file (Operation not supported)"),
         (Path, "open", from_the_start, "append to a file"),
-        (storage.fcntl, "flock", refuse, "lock a file (Operation not supported)"),
+        (filesystem.fcntl, "flock", refuse, "lock a file (Operation not supported)"),
         (Path, "rename", refuse, "rename a folder (Operation not supported)"),
     ],
 )
@@ -44,5 +44,5 @@ def test_what_is_lacking_is_named(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, replacement)
-        assert storage.lacking(tmp_path) == lack
+        assert filesystem.lacking(tmp_path) == lack
     assert list(tmp_path.iterdir()) == []
