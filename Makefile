@@ -45,7 +45,7 @@ bench: $(STAMP)
 
 # Resumes; hours on two cores. The table is runs/selection/leaderboard.md.
 selection-table: $(STAMP)
-	$(BIN)/ray-dwm experiment configs/experiments/selection.yaml --parallel 2
+	$(BIN)/ray-dwm experiment configs/experiments/main.yaml --parallel 2
 
 # What a sweep does, live; docs/tune.md. Another one: make dashboards SWEEP=runs/mine
 SWEEP ?= runs/tune-quickstart
