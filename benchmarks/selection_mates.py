@@ -26,12 +26,12 @@ from common import RESULTS, versions, where
 from numpy.typing import NDArray
 
 from ray_dwm.config import RunConfig, build, load, to_dict, to_yaml
+from ray_dwm.config.selection import MatesConfig
 from ray_dwm.data.records import read_metrics, write_whole
 from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.probe import Prober
 from ray_dwm.engine.setup import build as build_parts
-from ray_dwm.selecting import MatesConfig
 from ray_dwm.selection.influence import Fit, spearman
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

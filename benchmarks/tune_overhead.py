@@ -18,13 +18,13 @@ from typing import Any
 from common import RESULTS, spread, write_result
 
 from ray_dwm.config import RunConfig
+from ray_dwm.config.tune import TuneConfig, load_tune, scale_config
 from ray_dwm.data.records import read_json
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.prepare import prepare_sets
 from ray_dwm.orchestration.train import train
 from ray_dwm.orchestration.trial import trial_config
 from ray_dwm.orchestration.tune import tune
-from ray_dwm.tuning import TuneConfig, load_tune, scale_config
 
 SWEEP = Path(__file__).resolve().parents[1] / "configs/tune/quickstart.yaml"
 

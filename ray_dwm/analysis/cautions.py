@@ -11,12 +11,12 @@ from ray_dwm.analysis.data_card import passes
 from ray_dwm.analysis.grid import Grid
 from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import Interval
+from ray_dwm.config.sections import MAX_OVERLAP
 from ray_dwm.data.plan import WORTH_EPOCHS
 from ray_dwm.engine.checks import target_sets
 from ray_dwm.engine.messages import MESSAGES
 from ray_dwm.evaluation.contamination import Overlap
 from ray_dwm.evaluation.scores import read_overlaps
-from ray_dwm.sections import MAX_OVERLAP
 
 NEAR_GUARD = 2.0
 """ESS warns at so many times dwm.min_ess_fraction, at which the guard stops a DWM's run."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.tables import Table
-from ray_dwm.configuring import dotted
+from ray_dwm.config.building import dotted
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, find_manifest
 from ray_dwm.data.records import read_json
 from ray_dwm.engine.checks import target_sets

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_dwm.analysis.ranks import Floats
+from ray_dwm.config.selection import DsirConfig
 from ray_dwm.data.shards import Rows
 from ray_dwm.data.tokenization import FOLDER, Tokenizer
-from ray_dwm.selecting import DsirConfig
 from ray_dwm.selection.curriculum import Brevity
 from ray_dwm.selection.dsir import LogRatios, log_ratios
 from ray_dwm.selection.method import Arrays

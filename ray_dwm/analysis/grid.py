@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.analysis.runs import Run, open_run
+from ray_dwm.config.experiment import Cell, ExperimentConfig, grid, load_experiment
 from ray_dwm.data.records import read_json
 from ray_dwm.errors import UserError
-from ray_dwm.experimenting import Cell, ExperimentConfig, grid, load_experiment
 
 EXPERIMENT = "experiment.yaml"
 CELLS = "cells"

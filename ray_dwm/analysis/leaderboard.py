@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ray_dwm.analysis.comparison import SIGNIFICANT, Comparison, Reached, compare, corrected
 from ray_dwm.analysis.grid import NOT_BEGUN, Grid, Outcome
 from ray_dwm.analysis.statistics import Interval, Paired, interval
-from ray_dwm.experimenting import Cell
+from ray_dwm.config.experiment import Cell
 
 Kind = Literal["baseline", "null", "method"]
 TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "checkpoint_seconds", "tokens_per_s", "tflops", "mfu")

@@ -7,8 +7,8 @@ from typing import Any
 
 from ray_dwm.analysis.tables import Table
 from ray_dwm.config import RunConfig, to_dict
-from ray_dwm.configuring import dotted
-from ray_dwm.experimenting import NEEDS
+from ray_dwm.config.building import dotted
+from ray_dwm.config.experiment import NEEDS
 
 _PLACES = ("name", "storage", "seed", "tracking", "data.train", "data.target", *NEEDS)
 """Keys and sections that say where and which, not how."""

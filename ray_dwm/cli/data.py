@@ -8,8 +8,8 @@ from typing import Annotated, get_args
 import typer
 
 from ray_dwm.cli.options import Config, Overrides, load_config
+from ray_dwm.config.selection import MethodName
 from ray_dwm.errors import UserError
-from ray_dwm.selecting import MethodName
 
 SELECTIONS = get_args(MethodName)[1:]  # but for `none`
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ray_dwm.cli.options import check_output, words
+from ray_dwm.config.sections import MAX_OVERLAP
 from ray_dwm.planning.options import whole
-from ray_dwm.sections import MAX_OVERLAP
 
 
 def evaluate(

@@ -44,7 +44,7 @@ def experiment(
 ) -> None:
     """Train every cell of a declared grid and write a leaderboard; the same command continues."""
     from ray_dwm.analysis.publish import LEADERBOARD
-    from ray_dwm.experimenting import load_experiment
+    from ray_dwm.config.experiment import load_experiment
     from ray_dwm.orchestration import experiment as job
 
     config = load_experiment(file, overrides or [])
@@ -70,7 +70,7 @@ def tune(
     gpu: Annotated[str, typer.Option(help="Kind of GPU that --dry-run plans with, as h100 or a100-40g.")] = "h100",
 ) -> None:
     """Search hyper-parameters by Ray Tune and Optuna, and carry the best to larger LMs; the same command continues."""
-    from ray_dwm.tuning import load_tune
+    from ray_dwm.config.tune import load_tune
 
     try:
         from ray_dwm.orchestration import tune as job

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig, load, to_dict, to_yaml
-from ray_dwm.configuring import dotted
+from ray_dwm.config.building import dotted
 from ray_dwm.data.manifest import MANIFEST, file_sha256
 from ray_dwm.data.records import LOCK, locked, read_json, write_whole
 from ray_dwm.engine.reference import reference_weights

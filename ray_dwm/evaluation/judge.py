@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ray_dwm.config import RunConfig, load
+from ray_dwm.config.sections import MAX_OVERLAP
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.errors import UserError
 from ray_dwm.evaluation.contamination import Overlap, guard, refuse
@@ -19,7 +20,6 @@ from ray_dwm.evaluation.perplexity import Result, evaluate_folders, format_table
 from ray_dwm.evaluation.scores import Evaluation, keep, read_overlaps, table, to_dict
 from ray_dwm.logs import width
 from ray_dwm.models.folders import RUN_CONFIG
-from ray_dwm.sections import MAX_OVERLAP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

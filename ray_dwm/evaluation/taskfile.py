@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
+from ray_dwm.config.sections import NAME
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.errors import DataError
-from ray_dwm.sections import NAME
 
 SUFFIX = ".jsonl"
 _MEAN = {"aggregation": "mean", "higher_is_better": True}

@@ -16,12 +16,12 @@ from typing import Any
 from ray_dwm.analysis.grid import record_path
 from ray_dwm.analysis.runs import versions
 from ray_dwm.config import DwmConfig, RunConfig, WeightingConfig
+from ray_dwm.config.experiment import NEEDS, Cell, ExperimentConfig, needed, run_config
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import read_json, write_whole
 from ray_dwm.engine.checks import check_checkpoint, check_data, seq_len
 from ray_dwm.engine.rundir import check, stop_path
 from ray_dwm.errors import DwmError, Stopped, TrainingError
-from ray_dwm.experimenting import NEEDS, Cell, ExperimentConfig, needed, run_config
 from ray_dwm.logs import say
 from ray_dwm.models.folders import newest_dwm
 from ray_dwm.orchestration.mates import check_stages

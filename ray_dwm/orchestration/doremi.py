@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig, WeightingConfig, to_dict
+from ray_dwm.config.group_dro import GroupDroConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.records import digest, read_metrics, write_whole
 from ray_dwm.engine.group_dro import initial_weights
 from ray_dwm.errors import ConfigError
-from ray_dwm.group_dro import GroupDroConfig
 from ray_dwm.logs import say
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies, to_be_trained
 from ray_dwm.orchestration.sweep import RaySweep

@@ -16,9 +16,9 @@ from ray_dwm.analysis.grid import EXPERIMENT
 from ray_dwm.analysis.leaderboard import Board
 from ray_dwm.analysis.publish import LEADERBOARD, write_leaderboard
 from ray_dwm.config import RunConfig, to_dict
+from ray_dwm.config.experiment import Cell, ExperimentConfig, grid, needed
 from ray_dwm.data.records import LOCK, locked, write_whole
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
-from ray_dwm.experimenting import Cell, ExperimentConfig, grid, needed
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import Train, begin, fail, is_done, run_cell
 from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight, warn_if_temporary

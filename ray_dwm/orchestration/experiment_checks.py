@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ray_dwm.config import RunConfig
+from ray_dwm.config.experiment import Cell, ExperimentConfig
 from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
 from ray_dwm.engine.checks import evaluation_sets, target_sets
 from ray_dwm.errors import ConfigError, DataError, UserError
-from ray_dwm.experimenting import Cell, ExperimentConfig
 from ray_dwm.models.presets import parameter_count
 from ray_dwm.orchestration.cells import check_cell, configure, is_done, tokens
 from ray_dwm.orchestration.cluster import connect, needed

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 import ray
 
 from ray_dwm.analysis.grid import EXPERIMENT, record_path
+from ray_dwm.config.experiment import Cell, ExperimentConfig, needed
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import Stopped
-from ray_dwm.experimenting import Cell, ExperimentConfig, needed
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import begin, fail, has_failed, is_done
 

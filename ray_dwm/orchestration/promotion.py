@@ -10,10 +10,10 @@ from typing import Any
 from ray_dwm.analysis.grid import read_grid
 from ray_dwm.analysis.tuning import Row, Trial
 from ray_dwm.config import RunConfig
-from ray_dwm.experimenting import ExperimentConfig, MethodConfig, SizeConfig
+from ray_dwm.config.experiment import ExperimentConfig, MethodConfig, SizeConfig
+from ray_dwm.config.tune import UNIFORM, TuneConfig, scale_config, with_values
 from ray_dwm.models.folders import newest_dwm
 from ray_dwm.orchestration.study import TRIALS
-from ray_dwm.tuning import UNIFORM, TuneConfig, scale_config, with_values
 
 _LABELS = {"replay": "its DWMs replayed", "frozen": "its last DWM, frozen", "adapt": "its last DWM, adapted"}
 Dwms = dict[str, Path]

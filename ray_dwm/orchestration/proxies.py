@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, LmConfig, RunConfig, WeightingConfig, to_dict
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
 from ray_dwm.data.records import digest, locked, read_json
 from ray_dwm.errors import DataError, TrainingError, UserError
@@ -20,7 +21,6 @@ from ray_dwm.models.folders import lm_folder
 from ray_dwm.models.presets import lm_shape
 from ray_dwm.orchestration.run import run as train
 from ray_dwm.orchestration.sweep import RaySweep
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import any_proxy
 from ray_dwm.selection.proxy import check_proxy
 

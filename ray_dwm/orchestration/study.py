@@ -22,12 +22,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_dwm.analysis.tuning import Trial, done, finished
 from ray_dwm.config import RunConfig, to_dict
-from ray_dwm.configuring import dotted
+from ray_dwm.config.building import dotted
+from ray_dwm.config.space import Domain, described
+from ray_dwm.config.tune import CONTROLS, TuneConfig, default_of
 from ray_dwm.data.records import read_json
-from ray_dwm.domains import Domain, described
 from ray_dwm.engine.rundir import is_free
 from ray_dwm.errors import ConfigError, TrainingError, UserError
-from ray_dwm.tuning import CONTROLS, TuneConfig, default_of
 
 TRIALS = "trials"
 """Folder of the trials' run folders."""

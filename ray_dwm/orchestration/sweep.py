@@ -14,12 +14,12 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import read_arrays, save_array, save_arrays
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import DataError, DwmError, ResourceError, TrainingError
 from ray_dwm.orchestration.cluster import alive_nodes, fitting
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction
 from ray_dwm.selection.told import Told
 

@@ -19,12 +19,12 @@ from typing import Any
 from ray import tune
 
 from ray_dwm.config import RunConfig, build
+from ray_dwm.config.tune import UNIFORM, with_values
 from ray_dwm.data.records import LOCK, is_locked, read_metrics, write_whole
 from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.errors import DwmError
 from ray_dwm.orchestration.progress import last_line
 from ray_dwm.orchestration.train import train
-from ray_dwm.tuning import UNIFORM, with_values
 
 _POLL_S = 1.0
 _FORMER_S = 60.0

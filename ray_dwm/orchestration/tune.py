@@ -24,13 +24,14 @@ from ray.tune.schedulers import ASHAScheduler
 
 from ray_dwm.analysis.tuning import Row, Trial, best, done, finished
 from ray_dwm.config import RunConfig, to_dict
+from ray_dwm.config.experiment import grid
+from ray_dwm.config.tune import TuneConfig, probes, scale_config, values_of
 from ray_dwm.data.manifest import MANIFEST, Manifest
 from ray_dwm.data.records import LOCK, locked, write_whole
 from ray_dwm.engine.checks import check_data, evaluation_sets
 from ray_dwm.engine.rundir import check as check_folder
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import ConfigError, DataError, Stopped, TrainingError, UserError
-from ray_dwm.experimenting import grid
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import tokens
 from ray_dwm.orchestration.cluster import alive_nodes, connect, warn_if_temporary
@@ -46,7 +47,6 @@ from ray_dwm.orchestration.study import TRIALS, check_study, history, in_use, le
 from ray_dwm.orchestration.trial import STATE_TRACKING, curve, run_trial
 from ray_dwm.orchestration.tune_progress import Progress
 from ray_dwm.orchestration.tune_report import Found, Stage, write_report
-from ray_dwm.tuning import TuneConfig, probes, scale_config, values_of
 
 _STATE = "tune"
 """Folder of what Tune itself writes: TensorBoard files, and states that are never read again."""

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_dwm.config import RunConfig
-from ray_dwm.domains import described
+from ray_dwm.config.space import described
+from ray_dwm.config.tune import CONTROLS, LATER, UNIFORM, TuneConfig, default_of, with_values
 from ray_dwm.logs import width
 from ray_dwm.orchestration.cluster import connect
 from ray_dwm.orchestration.experiment import make_ready
@@ -22,7 +23,6 @@ from ray_dwm.orchestration.study import distribution
 from ray_dwm.orchestration.tune import Checked, concurrency
 from ray_dwm.orchestration.tune_progress import text
 from ray_dwm.planning.plan import as_configured
-from ray_dwm.tuning import CONTROLS, LATER, UNIFORM, TuneConfig, default_of, with_values
 
 
 @dataclass(frozen=True)

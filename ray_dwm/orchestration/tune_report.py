@@ -13,11 +13,11 @@ from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.tuning import Correlation, Row, Trial, agreement, done, pareto, recommended
 from ray_dwm.analysis.tuning_report import html, markdown
 from ray_dwm.config import to_yaml
+from ray_dwm.config.space import described
+from ray_dwm.config.tune import TuneConfig
 from ray_dwm.data.records import write_whole
-from ray_dwm.domains import described
 from ray_dwm.orchestration.promotion import Dwms, config_of, dwms_of
 from ray_dwm.orchestration.study import importances
-from ray_dwm.tuning import TuneConfig
 
 REPORT = "report"
 RECOMMENDED = "recommended.yaml"

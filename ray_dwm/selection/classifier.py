@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from ray_dwm.config import to_dict
+from ray_dwm.config.selection import ClassifierConfig, SelectionConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
-from ray_dwm.selecting import ClassifierConfig, SelectionConfig
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task
 from ray_dwm.selection.ngrams import Ngrams, ngrams

@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_dwm.config import to_dict
+from ray_dwm.config.selection import CurriculumConfig, SelectionConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
-from ray_dwm.selecting import CurriculumConfig, SelectionConfig
 from ray_dwm.selection import dsir, dwm, perplexity
 from ray_dwm.selection.choose import equally
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.errors import DataError
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.choose import highest_of_each, quotas
 from ray_dwm.selection.method import Scored, Task
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ray_dwm.config.selection import DsdmConfig
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
 from ray_dwm.evaluation.perplexity import to_tensors
-from ray_dwm.selecting import DsdmConfig
 from ray_dwm.selection.gradients import PROJECTIONS
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 from ray_dwm.selection.proxy import load_proxy

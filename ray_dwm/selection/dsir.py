@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dwm.config.selection import DsirConfig
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
-from ray_dwm.selecting import DsirConfig
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 from ray_dwm.selection.ngrams import ngrams
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import Manifest, file_sha256
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import Rows
@@ -27,7 +28,6 @@ from ray_dwm.engine.mesh import device
 from ray_dwm.errors import ConfigError, DataError
 from ray_dwm.models.dwm import DataWeightingModel
 from ray_dwm.models.folders import load_dwm
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task
 from ray_dwm.selection.told import Told

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_dwm.config.selection import MatesConfig
 from ray_dwm.data.shards import Rows
 from ray_dwm.engine.mesh import device
 from ray_dwm.errors import DataError
 from ray_dwm.models.dwm import DataWeightingModel, build_dwm, dwm_shape
-from ray_dwm.selecting import MatesConfig
 from ray_dwm.selection.method import Arrays
 
 LEAST_PROBES = 16

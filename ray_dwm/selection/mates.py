@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_dwm.config import to_dict
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
 from ray_dwm.engine.saved import newest_step
 from ray_dwm.errors import ConfigError, DataError
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.influence import Fit, Influence, standardised
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 from ray_dwm.selection.record import quantiles

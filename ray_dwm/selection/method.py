@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
-from ray_dwm.selecting import SelectionConfig
 
 Arrays = Mapping[str, NDArray[Any]]
 """Named arrays: what one unit of work results in."""

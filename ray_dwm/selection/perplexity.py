@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dwm.config.selection import PerplexityConfig, SelectionConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import ConfigError
 from ray_dwm.evaluation.perplexity import row_losses
-from ray_dwm.selecting import PerplexityConfig, SelectionConfig
 from ray_dwm.selection.choose import equally
 from ray_dwm.selection.method import Arrays, RowFunction, Scored, Task
 from ray_dwm.selection.proxy import load_proxy

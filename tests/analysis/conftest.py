@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_experiment import begun
 
-from ray_dwm.experimenting import ExperimentConfig
+from ray_dwm.config.experiment import ExperimentConfig
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from synthetic_runs import STEPS, fill
 
 from ray_dwm.analysis.grid import EXPERIMENT, Grid, read_grid, record_path
 from ray_dwm.config import to_dict
-from ray_dwm.experimenting import Cell, ExperimentConfig, load_experiment, run_config
+from ray_dwm.config.experiment import Cell, ExperimentConfig, load_experiment, run_config
 
 TEXT = """
 name: x

@@ -10,7 +10,7 @@ from synthetic_experiment import UNIFORM, finish, read
 from test_data_card import record
 
 from ray_dwm.analysis.experiment_page import sections
-from ray_dwm.experimenting import ExperimentConfig
+from ray_dwm.config.experiment import ExperimentConfig
 
 
 def test_trust_time_and_settings_by_hand(experiment: ExperimentConfig) -> None:

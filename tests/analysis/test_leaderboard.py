@@ -14,8 +14,8 @@ from ray_dwm.analysis.comparison import compare
 from ray_dwm.analysis.grid import read_grid, record_path
 from ray_dwm.analysis.leaderboard import build_board
 from ray_dwm.analysis.publish import write_leaderboard
+from ray_dwm.config.experiment import Cell, ExperimentConfig
 from ray_dwm.errors import UserError
-from ray_dwm.experimenting import Cell, ExperimentConfig
 
 
 def test_differences_and_shares_by_hand(experiment: ExperimentConfig) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from ray_dwm.config import load
+from ray_dwm.config.tune import load_tune, scale_config
 from ray_dwm.orchestration.cluster import needed, worker_bundle
-from ray_dwm.tuning import load_tune, scale_config
 
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"

@@ -17,10 +17,10 @@ from synthetic_runs import fill
 
 from ray_dwm.analysis.grid import record_path
 from ray_dwm.config import RunConfig
+from ray_dwm.config.experiment import Cell, ExperimentConfig, load_experiment
 from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import stop_path
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
-from ray_dwm.experimenting import Cell, ExperimentConfig, load_experiment
 from ray_dwm.orchestration.cells import configure, is_done, with_budget
 from ray_dwm.orchestration.experiment import choose, experiment, table
 from ray_dwm.orchestration.pool import Pool

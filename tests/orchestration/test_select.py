@@ -24,6 +24,7 @@ from orchestration.conftest import PATIENCE_S
 from synthetic import make_shards, tiny_config
 
 from ray_dwm.config import to_yaml
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import LOCK, locked
 from ray_dwm.data.shards import Rows, ShardReader, open_shards
@@ -32,7 +33,6 @@ from ray_dwm.orchestration import select as selecting
 from ray_dwm.orchestration.select import plan_selection, select, with_selection
 from ray_dwm.orchestration.sweep import RaySweep, _folder_name, _raised, _run
 from ray_dwm.orchestration.write import write_rows
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, Task
 from ray_dwm.selection.methods import score
 

@@ -16,9 +16,10 @@ from synthetic import tiny_config
 
 from ray_dwm.analysis.tuning import Trial, finished
 from ray_dwm.config import RunConfig
-from ray_dwm.domains import Domain
+from ray_dwm.config.experiment import SizeConfig
+from ray_dwm.config.space import Domain
+from ray_dwm.config.tune import TuneConfig
 from ray_dwm.errors import ConfigError, UserError
-from ray_dwm.experimenting import SizeConfig
 from ray_dwm.orchestration.study import (
     TRIALS,
     check_study,
@@ -28,7 +29,6 @@ from ray_dwm.orchestration.study import (
     open_study,
     searcher,
 )
-from ray_dwm.tuning import TuneConfig
 
 SPACE = {
     "bilevel.every": Domain(kind="int", low=1, high=4),

@@ -26,10 +26,11 @@ from typer.testing import CliRunner
 from ray_dwm.analysis.tuning import Trial
 from ray_dwm.cli import app
 from ray_dwm.config import load
+from ray_dwm.config.experiment import grid
+from ray_dwm.config.tune import TuneConfig, load_tune, scale_config
 from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import read_summary
 from ray_dwm.errors import DataError, UserError
-from ray_dwm.experimenting import grid
 from ray_dwm.orchestration import trial
 from ray_dwm.orchestration.experiment import experiment
 from ray_dwm.orchestration.progress import last_line
@@ -40,7 +41,6 @@ from ray_dwm.orchestration.tune import Asha, check
 from ray_dwm.orchestration.tune_plan import planned
 from ray_dwm.orchestration.tune_progress import Progress
 from ray_dwm.orchestration.tune_report import Stage, write_report
-from ray_dwm.tuning import TuneConfig, load_tune, scale_config
 
 SWEEP = """
 name: x

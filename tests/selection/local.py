@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_dwm.config import build
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import open_shards
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection.method import Arrays, RowFunction, Task
 
 

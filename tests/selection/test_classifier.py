@@ -10,9 +10,9 @@ import pytest
 from local import task
 from texts import HILL, planted, text_shards
 
+from ray_dwm.config.selection import ClassifierConfig
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import DataError
-from ray_dwm.selecting import ClassifierConfig
 from ray_dwm.selection import classifier
 from ray_dwm.selection.choose import drawn, highest
 from ray_dwm.selection.classifier import Bags, Examples, auc, fit, judged

@@ -15,12 +15,12 @@ from synthetic import make_shards, tiny_config
 from texts import planted
 
 from ray_dwm.config import build
+from ray_dwm.config.selection import CurriculumConfig, SelectionConfig
 from ray_dwm.data.manifest import Manifest, ShardFile, load_manifest
 from ray_dwm.data.shards import Rows, open_shards
 from ray_dwm.engine.batch import LocalSource
 from ray_dwm.engine.checks import read_plan
 from ray_dwm.errors import ConfigError
-from ray_dwm.selecting import CurriculumConfig, SelectionConfig
 from ray_dwm.selection import curriculum
 from ray_dwm.selection.curriculum import Brevity, arranged, available, paced, pacing
 from ray_dwm.selection.method import Scored, applies

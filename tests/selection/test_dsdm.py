@@ -18,9 +18,9 @@ from texts import planted
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ray_dwm.config.selection import DsdmConfig
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import ConfigError, DataError
-from ray_dwm.selecting import DsdmConfig
 from ray_dwm.selection import dsdm
 from ray_dwm.selection.choose import highest
 from ray_dwm.selection.gradients import PROJECTIONS, losses

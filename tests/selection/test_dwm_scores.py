@@ -13,13 +13,13 @@ from synthetic import VOCAB, make_shards
 from torch import Tensor
 
 from ray_dwm.config import build
+from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.plan import ReadPlan
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import UserError
 from ray_dwm.models.dwm import DataWeightingModel, build_dwm, dwm_shape
 from ray_dwm.models.folders import save_dwm
-from ray_dwm.selecting import SelectionConfig
 from ray_dwm.selection import curriculum, dwm
 from ray_dwm.selection.choose import highest
 from ray_dwm.selection.dwm import joint_scores

@@ -13,10 +13,10 @@ from synthetic import make_shards
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from ray_dwm.config.selection import DsdmConfig
 from ray_dwm.core.losses import token_losses
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import DataError
-from ray_dwm.selecting import DsdmConfig
 from ray_dwm.selection import dsdm
 from ray_dwm.selection.gradients import dense, factored, per_sample
 from ray_dwm.selection.projection import factors, project

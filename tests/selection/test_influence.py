@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ray_dwm.config import build
+from ray_dwm.config.selection import MatesConfig
 from ray_dwm.data.shards import Rows
 from ray_dwm.errors import DataError
-from ray_dwm.selecting import MatesConfig
 from ray_dwm.selection.influence import Fit, Influence, explained, spearman, standardised
 
 VOCAB, T = 64, 24

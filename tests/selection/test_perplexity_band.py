@@ -14,10 +14,10 @@ from local import task
 from synthetic import make_shards
 
 from ray_dwm.config import build
+from ray_dwm.config.selection import PerplexityConfig, SelectionConfig
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import ConfigError
-from ray_dwm.selecting import PerplexityConfig, SelectionConfig
 from ray_dwm.selection import perplexity
 from ray_dwm.selection.method import Scored
 from ray_dwm.selection.methods import score

@@ -6,8 +6,8 @@ import re
 from dataclasses import field
 from typing import Literal
 
-from ray_dwm.configuring import below_one, frozen, not_negative, positive, require
-from ray_dwm.selecting import MethodName
+from ray_dwm.config.building import below_one, frozen, not_negative, positive, require
+from ray_dwm.config.selection import MethodName
 
 MAX_OVERLAP = 0.01
 """Share of a task's items that may share words with the training set before it is refused."""

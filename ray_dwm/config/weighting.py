@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from ray_dwm.configuring import below_one, frozen, not_negative, positive, require
-from ray_dwm.group_dro import GroupDroConfig
+from ray_dwm.config.building import below_one, frozen, not_negative, positive, require
+from ray_dwm.config.group_dro import GroupDroConfig
 
 
 @frozen

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_dwm.config import RunConfig, build, load
-from ray_dwm.configuring import dotted, frozen, merge, nest, read, require
+from ray_dwm.config.building import build, dotted, frozen, merge, nest, read, require
+from ray_dwm.config.run import RunConfig, load
+from ray_dwm.config.sections import NAME
 from ray_dwm.errors import ConfigError
-from ray_dwm.sections import NAME
 
 NEEDS = {
     "dwm.trajectory": "dwm",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ray_dwm.configuring import build, frozen, require
+from ray_dwm.config.building import build, frozen, require
 from ray_dwm.errors import ConfigError
 
 _KINDS = ("int", "float", "choice")

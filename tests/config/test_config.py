@@ -10,7 +10,7 @@ import pytest
 from ray_dwm.config import RunConfig, load, to_yaml
 from ray_dwm.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_defaults_need_no_file() -> None:

@@ -15,12 +15,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_dwm.config import RunConfig, build, load, to_dict
-from ray_dwm.configuring import dotted, frozen, merge, nest, not_negative, positive, require
-from ray_dwm.domains import Domain, by_key, parse_domain
+from ray_dwm.config.building import build, dotted, frozen, merge, nest, not_negative, positive, require
+from ray_dwm.config.experiment import SizeConfig, declared
+from ray_dwm.config.run import RunConfig, load, to_dict
+from ray_dwm.config.sections import NAME
+from ray_dwm.config.space import Domain, by_key, parse_domain
 from ray_dwm.errors import ConfigError
-from ray_dwm.experimenting import SizeConfig, declared
-from ray_dwm.sections import NAME
 
 CONTROLS = ("defaults", "uniform")
 """Trials that are always there, and first: the configuration as it is, and uniform weights."""

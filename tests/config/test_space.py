@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ray_dwm.configuring import build
-from ray_dwm.domains import Domain, by_key, described, parse_domain
+from ray_dwm.config.building import build
+from ray_dwm.config.space import Domain, by_key, described, parse_domain
 from ray_dwm.errors import ConfigError
 
 

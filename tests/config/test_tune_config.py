@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_dwm.domains import Domain
+from ray_dwm.config.space import Domain
+from ray_dwm.config.tune import default_of, load_tune, probes, scale_config, with_values
 from ray_dwm.errors import ConfigError
-from ray_dwm.tuning import default_of, load_tune, probes, scale_config, with_values
 
 SWEEP = """
 name: x
@@ -35,7 +35,7 @@ def test_scales_share_what_is_set_and_differ_in_their_files(tmp_path: Path) -> N
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where configs/ lies."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
 
 
 def _file(folder: Path) -> Path:

@@ -6,7 +6,7 @@ import math
 from dataclasses import field
 from typing import Literal
 
-from ray_dwm.configuring import frozen, not_negative, positive, require
+from ray_dwm.config.building import frozen, not_negative, positive, require
 
 MethodName = Literal[
     "none", "random", "dsir", "dsdm", "classifier", "perplexity", "curriculum", "dwm", "doremi", "mates"

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from ray_dwm.configuring import build, frozen, merge, nest, read, require
-from ray_dwm.sections import (
+from ray_dwm.config.building import build, frozen, merge, nest, read, require
+from ray_dwm.config.sections import (
     NAME,
     CheckpointConfig,
     ClusterConfig,
@@ -29,29 +29,8 @@ from ray_dwm.sections import (
     TrackingConfig,
     TrainConfig,
 )
-from ray_dwm.selecting import SelectionConfig
-from ray_dwm.weighing import BilevelConfig, DwmConfig, WeightingConfig
-
-__all__ = [
-    "BilevelConfig",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "DataConfig",
-    "DwmConfig",
-    "EvaluationConfig",
-    "LmConfig",
-    "ParallelConfig",
-    "PrepareConfig",
-    "RunConfig",
-    "SelectionConfig",
-    "TrackingConfig",
-    "TrainConfig",
-    "WeightingConfig",
-    "build",
-    "load",
-    "to_dict",
-    "to_yaml",
-]
+from ray_dwm.config.selection import SelectionConfig
+from ray_dwm.config.weighting import BilevelConfig, DwmConfig, WeightingConfig
 
 
 @frozen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from ray_dwm.configuring import below_one, frozen, not_negative, positive, require
+from ray_dwm.config.building import below_one, frozen, not_negative, positive, require
 
 
 @frozen

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from ray_dwm.config import to_dict
+from ray_dwm.config.experiment import Cell, grid, load_experiment, needed, run_config
 from ray_dwm.errors import ConfigError
-from ray_dwm.experimenting import Cell, grid, load_experiment, needed, run_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs/experiments.md"
 TEXT = """
 name: x
