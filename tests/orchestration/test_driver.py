@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,16 @@ WITHOUT_GPU = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_ARENA_MAX": "1",
 }
+
+
+HEAVY = ("transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib")
+
+
+@pytest.mark.parametrize("module", ["train", "trial", "dwm_actor"])
+def test_what_only_waits_for_workers_starts_without_what_they_need(module: str) -> None:
+    loaded = f"import sys, ray_dwm.orchestration.{module}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    found = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
 
 
 @pytest.mark.parametrize(("gpus", "environment"), [(0, WITHOUT_GPU), (1, {}), (0.5, {})])
