@@ -175,6 +175,11 @@ class RunConfig:
         return self.data.selection == "mates"
 
     @property
+    def selection_seed(self) -> int:
+        """The seed of what is selected before the run."""
+        return self.seed if self.selection.seed < 0 else self.selection.seed
+
+    @property
     def target_draw(self) -> tuple[str, int] | None:
         """(key, sequences) of what the weighting draws from the target set at a time; None where it needs none."""
         draws = {

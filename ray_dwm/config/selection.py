@@ -211,6 +211,9 @@ class SelectionConfig:
     """Folder of the selected shards; empty: in selections/ of the storage, named by what the selection depends on."""
     scores: str = ""
     """scores.parquet of an earlier selection from this pool, by the same method: nothing is scored again."""
+    seed: int = -1
+    """Of all that selecting draws, and of its proxies; -1: the run's. One for runs of several seeds selects once for
+    them all. Stages of a run by mates have the run's."""
     keep_scores: bool = False
     """Also write the scores of the whole pool, to scores.parquet in the output."""
     stratified: bool = False
@@ -236,3 +239,4 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         positive("selection", self, "temperature", "block_tokens", "tasks", "cpus_per_task")
         not_negative("selection", self, "budget", "gpus_per_task")
+        require(self.seed >= -1, f"selection.seed is {self.seed}: it must be -1, the run's, or more")

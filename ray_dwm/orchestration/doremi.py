@@ -81,7 +81,7 @@ class DomainWeights:
             "pool_shares": shares(pool),
             "excess": rounds[-1]["excess"],
             "steps": config.selection.proxy.steps,
-            "seed": config.seed,
+            "seed": config.selection_seed,
             "group_dro": {**to_dict(config.weighting.group_dro), "reference": rounds[-1]["reference"]},
             "rounds": rounds,
         }
@@ -134,12 +134,14 @@ def _mean(values: list[float | None]) -> float | None:
 def _proxy(config: RunConfig, pool: Manifest, reference: Proxy) -> Proxy:
     options = dataclasses.replace(config.weighting.group_dro, reference=str(reference.folder))
     weighting = WeightingConfig(method="group_dro", group_dro=options)
-    return to_be_trained(config, pool, config.seed, weighting, {**to_dict(options), "reference": reference.digest})
+    return to_be_trained(
+        config, pool, config.selection_seed, weighting, {**to_dict(options), "reference": reference.digest}
+    )
 
 
 def _reference(config: RunConfig, pool: Manifest, weights: dict[str, float]) -> Proxy:
     """A reference LM that is trained with domain weights, which stay as they are."""
     fixed = GroupDroConfig(eta=0.0, smoothing=0.0, initial=weights, max_collapsed=1.0)
     return to_be_trained(
-        config, pool, config.seed, WeightingConfig(method="group_dro", group_dro=fixed), to_dict(fixed)
+        config, pool, config.selection_seed, WeightingConfig(method="group_dro", group_dro=fixed), to_dict(fixed)
     )

@@ -57,7 +57,7 @@ def plan_proxies(config: RunConfig, pool: Manifest, check: Callable[[Path], obje
             check(proxy.folder)
         return named
     lm_shape(options.preset)
-    return tuple(to_be_trained(config, pool, config.seed + number) for number in range(options.count))
+    return tuple(to_be_trained(config, pool, config.selection_seed + number) for number in range(options.count))
 
 
 def named_lm(given: Path, pool: Manifest, option: str = "selection.proxy.folders") -> Proxy:

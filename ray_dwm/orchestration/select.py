@@ -61,7 +61,7 @@ class Selection:
         return {
             "method": self.method,
             "options": depends(self.config.selection) if depends else self._options,
-            "seed": self.config.seed,
+            "seed": self.config.selection_seed,
             "pool": _digest(self.pool),
             "targets": {name: _digest(manifest) for name, manifest in self.targets.items()},
             **({"proxies": [proxy.digest for proxy in self.proxies]} if self.proxies else {}),
@@ -222,7 +222,7 @@ def task_of(selection: Selection, sweep: RaySweep) -> Task:
         open_shards(str(manifest.folder)).verify()
     return Task(
         options=config.selection,
-        seed=config.seed,
+        seed=config.selection_seed,
         pool=pool,
         targets=selection.targets,
         sweep=sweep,

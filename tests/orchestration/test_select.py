@@ -93,6 +93,10 @@ def test_the_same_command_again_and_another_one(
     before = (folder / "manifest.json").read_bytes()
     assert select(config(shards, tmp_path, "selection.tasks=1")) == folder
     assert "is there already" in capsys.readouterr().out
+    seed = f"selection.seed={config(shards, tmp_path).seed}"
+    assert select(config(shards, tmp_path, "seed=7", seed)) == folder  # one for runs of several seeds
+    with pytest.raises(UserError, match="exists already and is another selection"):
+        select(config(shards, tmp_path, "seed=7"))
     with pytest.raises(UserError, match="exists already and is another selection"):
         select(config(shards, tmp_path, "selection.temperature=2"))
     assert (folder / "manifest.json").read_bytes() == before
