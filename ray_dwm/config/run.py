@@ -93,8 +93,10 @@ class RunConfig:
         if self.learns_dwm:
             self._check_fraction()
             self._check_estimator()
-            self._check_targets()
+            self._check_target_batch()
             self._check_stages()
+        if self.learns_dwm or self.in_stages:
+            self._check_target_weights()
 
     def _check_layout(self) -> None:
         shard, most = self.parallel.shard, self.cluster.most_workers
@@ -114,7 +116,7 @@ class RunConfig:
             "over more workers, or set weighting.method=uniform or dwm.mode=frozen",
         )
 
-    def _check_targets(self) -> None:
+    def _check_target_weights(self) -> None:
         names = {"target", *self.data.more_targets}
         for name in self.bilevel.target_weights:
             require(
@@ -123,10 +125,12 @@ class RunConfig:
             )
         weights = [self.bilevel.target_weights.get(name, 1.0) for name in names]
         require(sum(weights) > 0, "bilevel.target_weights are all 0: at least one target set must count")
+
+    def _check_target_batch(self) -> None:
+        sets = 1 + len(self.data.more_targets)
         require(
-            self.bilevel.target_batch % len(names) == 0,
-            f"bilevel.target_batch is {self.bilevel.target_batch}: with {len(names)} target sets use a multiple of "
-            f"{len(names)}",
+            self.bilevel.target_batch % sets == 0,
+            f"bilevel.target_batch is {self.bilevel.target_batch}: with {sets} target sets use a multiple of {sets}",
         )
 
     def _check_stages(self) -> None:

@@ -219,7 +219,8 @@ class SelectionConfig:
     stratified: bool = False
     """Every domain keeps its part of the pool's tokens; the method chooses within domains."""
     temperature: float = 1.0
-    """Of the Gumbel noise of methods that draw (dsir, mates); towards 0 they take the highest scores."""
+    """Of the Gumbel noise of methods that draw (dsir, mates, dwm and classifier with choice=drawn); towards 0 they take
+    the highest scores."""
     block_tokens: int = 1_048_576
     """In one unit of work, which decides what a task holds in memory and what an interruption loses."""
     tasks: int = 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -84,12 +85,20 @@ class Prober:
         # At a run's end there is no next step: the last one's learning rate then.
         self._step = min(step, self._run.train.steps - 1)
 
-    def influences(self, probes: Rows, targets: Mapping[str, str], sequences: int, seed: int) -> NDArray[np.float64]:
+    def influences(
+        self,
+        probes: Rows,
+        targets: Mapping[str, str],
+        sequences: int,
+        seed: int,
+        weights: Mapping[str, float] = MappingProxyType({}),
+    ) -> NDArray[np.float64]:
         """See the function of this name.
 
         Args:
             targets: name -> shards of the target sets.
             sequences: of each set, drawn by `seed`; all where it has fewer.
+            weights: of the sets, as bilevel.target_weights; the run's own are of other sets.
         """
         readers = {name: open_shards(folder) for name, folder in targets.items()}
         drawn = {
@@ -97,7 +106,9 @@ class Prober:
             for name, reader in readers.items()
         }
         batch = to_batch(probes, len(probes), self._seq_len, self._device)
-        return influences(self._lower, self._step, batch, drawn, self._run.bilevel)
+        of_run = to_dict(self._run.bilevel)
+        config: BilevelConfig = build_config(BilevelConfig, {**of_run, "target_weights": dict(weights)})
+        return influences(self._lower, self._step, batch, drawn, config)
 
 
 def _alone(run: RunConfig) -> RunConfig:

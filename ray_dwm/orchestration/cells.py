@@ -26,7 +26,7 @@ from ray_dwm.logs import say
 from ray_dwm.models.folders import newest_dwm
 from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.run import absolute
-from ray_dwm.orchestration.select import plan_selection, with_selection
+from ray_dwm.orchestration.select import plan_inline, with_selection
 
 Train = Callable[[RunConfig], Any]
 
@@ -67,7 +67,7 @@ def check_cell(experiment: ExperimentConfig, cell: Cell, config: RunConfig) -> N
     if config.in_stages:
         check_stages(config, manifest)
     elif config.data.selection != "none":
-        folder = plan_selection(config).folder
+        folder = plan_inline(config).folder
         if not folder.exists():  # and no run that was made from it
             return
         config = _selected(config, folder)

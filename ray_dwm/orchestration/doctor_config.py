@@ -24,7 +24,7 @@ from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.mates import check_stages
 from ray_dwm.orchestration.mirror import prove
 from ray_dwm.orchestration.prepare import sets_to_make
-from ray_dwm.orchestration.select import plan_selection
+from ray_dwm.orchestration.select import plan_inline
 
 _WEIGHT_ROW_BYTES = 26
 """A row of weights/*.parquet: 24 to 25 bytes, measured with random figures."""
@@ -58,7 +58,7 @@ def check_sets(config: RunConfig) -> list[Finding]:
     found = f"{', '.join(sizes)}; one tokenizer"
     rows = train.rows
     if config.data.selection != "none" and not config.in_stages:
-        selection = plan_selection(config)
+        selection = plan_inline(config)
         rows = selection.rows
         found += f"; before training, {selection.method} selects {rows} of {train.rows}"
         train = replace(train, made_by=selection.made_by)

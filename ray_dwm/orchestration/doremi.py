@@ -16,6 +16,7 @@ from ray_dwm.config.group_dro import GroupDroConfig
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.records import digest, read_metrics, write_whole
 from ray_dwm.engine.group_dro import initial_weights
+from ray_dwm.engine.reference import check_reference
 from ray_dwm.errors import ConfigError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies, to_be_trained
@@ -105,7 +106,10 @@ def plan_domain_weights(config: RunConfig, pool: Manifest) -> DomainWeights:
             f"selection.proxy names {len(proxies)} LMs, doremi has one reference LM: set selection.proxy.count to 1, "
             "or selection.proxy.folders to one folder"
         )
-    return DomainWeights(config, None, (proxies[0], _proxy(config, pool, proxies[0])))
+    proxy = _proxy(config, pool, proxies[0])
+    if proxies[0].run is None and proxy.run is not None:
+        check_reference(proxy.run, pool, pool.seq_len)
+    return DomainWeights(config, None, (proxies[0], proxy))
 
 
 def _round(reference: Proxy, proxy: Proxy, pool: Manifest, before: dict[str, float], sweep: RaySweep) -> dict[str, Any]:

@@ -144,7 +144,8 @@ def _chosen(config: RunConfig, task: Task, stage: Stage) -> tuple[NDArray[np.int
         scorer: RowFunction = RandomScores(task.seed)
         choose = highest
     else:
-        scorer = mates.learn(task, [(str(config.run_dir), stage.first)], candidates, seq_len(config, pool))
+        looks, weights = [(str(config.run_dir), stage.first)], config.bilevel.target_weights
+        scorer = mates.learn(task, looks, candidates, seq_len(config, pool), weights)
         choose = drawn
     blocks = task.sweep("scores", folder, Keyed(scorer), candidates)
     scored = gather(blocks, pool, len(candidates))
@@ -173,7 +174,9 @@ def _candidates(config: RunConfig, pool: Manifest, stage: Stage) -> NDArray[np.i
 
 def _count(config: RunConfig, pool: Manifest, stage: Stage) -> int:
     """Rows to be chosen for a stage."""
-    return config.selection.budget // pool.seq_len or (stage.stop - stage.first) * config.train.global_batch
+    if config.selection.budget:
+        return config.selection.budget // pool.seq_len
+    return (stage.stop - stage.first) * config.train.global_batch
 
 
 def _figures(config: RunConfig) -> dict[int, dict[str, float]]:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, LmConfig, RunConfig, WeightingConfig, to_dict
+from ray_dwm.config import BilevelConfig, DataConfig, DwmConfig, EvaluationConfig, RunConfig, WeightingConfig, to_dict
 from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256
 from ray_dwm.data.records import digest, locked, read_json
-from ray_dwm.errors import DataError, TrainingError, UserError
+from ray_dwm.errors import DataError, NotFinite, Stopped, TrainingError, UserError
 from ray_dwm.logs import say
 from ray_dwm.models.folders import lm_folder
 from ray_dwm.models.presets import lm_shape
 from ray_dwm.orchestration.run import run as train
 from ray_dwm.orchestration.sweep import RaySweep
+from ray_dwm.orchestration.work import PROXIES, timed
 from ray_dwm.selection.method import any_proxy
 from ray_dwm.selection.proxy import check_proxy
 
-_FREE = ("micro_batch", "profile", "profile_first", "profile_steps")
+_FREE = ("micro_batch", "profile", "profile_first", "profile_steps", "eval_every", "eval_sequences")
 """Of section `train`: what does not change the LM that comes out."""
 _UNIFORM = WeightingConfig(method="uniform")
 
@@ -79,9 +79,10 @@ def named_lm(given: Path, pool: Manifest, option: str = "selection.proxy.folders
             f"proxy LM {folder} has another tokenizer than the pool {pool.folder}, which was made with "
             f"{pool.tokenizer_name}: name one of that tokenizer, or leave {option} empty"
         )
+    context = "max_position_embeddings" if "max_position_embeddings" in shape else "n_positions"  # GPT-2's
     for key, needed, what in (
         ("vocab_size", pool.vocab_size, "token ids"),
-        ("max_position_embeddings", pool.seq_len, "tokens a sequence"),
+        (context, pool.seq_len, "tokens a sequence"),
     ):
         if shape.get(key, needed) < needed:
             raise DataError(
@@ -112,7 +113,7 @@ def to_be_trained(
         warmup_steps=min(config.train.warmup_steps, options.steps // 10),
         profile=False,
     )
-    lm = LmConfig(preset=options.preset)
+    lm = dataclasses.replace(config.lm, preset=options.preset, seq_len=0)
     kept = {key: value for key, value in to_dict(train).items() if key not in _FREE}
     made_of: dict[str, Any] = {"pool": file_sha256(pool.folder / MANIFEST), "preset": options.preset, "train": kept}
     if weighted_by is not None:
@@ -133,6 +134,7 @@ def to_be_trained(
         dwm=DwmConfig(),
         bilevel=BilevelConfig(),
         tracking=dataclasses.replace(config.tracking, wandb="off"),
+        evaluation=EvaluationConfig(),  # scores in tasks are the run's own affair
     )
     return Proxy(run.run_dir / "hf", key, run)
 
@@ -144,14 +146,14 @@ def ready_proxies(proxies: tuple[Proxy, ...], pool: Manifest, sweep: RaySweep) -
         Their folders.
 
     Raises:
-        TrainingError: one could not be trained.
         DataError: one has diverged.
+        Stopped: asked to end while one was trained; the same command continues.
+        TrainingError: one could not be trained for another reason.
     """
-    started = time.monotonic()
-    for proxy in proxies:
-        if proxy.run is not None:
-            _train(proxy.run)
-    sweep.training_s += time.monotonic() - started
+    with timed(sweep.work, PROXIES):
+        for proxy in proxies:
+            if proxy.run is not None:
+                _train(proxy.run)
     folders = tuple(str(proxy.folder) for proxy in proxies)
     check = partial(_check, folders=folders, pool=str(pool.folder), batch=sweep.options.proxy.batch)
     sweep.each("checking proxy LMs", list(range(len(folders))), check)
@@ -173,4 +175,7 @@ def _train(run: RunConfig) -> None:
             say(f"training an LM on the pool for {run.train.steps} steps; it is kept: {run.run_dir}")
             train(run)  # which returns at once where another process has done it meanwhile
     except TrainingError as error:
-        raise TrainingError(f"proxy LM {str(error).replace('train.lr', 'selection.proxy.lr')}") from None
+        told = f"proxy LM {str(error).replace('train.lr', 'selection.proxy.lr')}"
+        if error.kind == NotFinite.kind:
+            raise DataError(told) from None
+        raise (Stopped if error.kind == Stopped.kind else TrainingError)(told) from None

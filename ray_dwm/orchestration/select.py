@@ -16,13 +16,14 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
 from ray_dwm.data.records import digest, read_json, write_whole
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER, copy_tokenizer
+from ray_dwm.engine.checks import check_data
 from ray_dwm.errors import ConfigError, UserError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect, warn_if_temporary
 from ray_dwm.orchestration.doremi import DomainWeights, plan_domain_weights
 from ray_dwm.orchestration.proxies import Proxy, plan_proxies, ready_proxies
 from ray_dwm.orchestration.sweep import RaySweep
-from ray_dwm.orchestration.work import SHARDS, timed, work_folder, work_path
+from ray_dwm.orchestration.work import PROXIES, SHARDS, spent, timed, work_folder, work_path
 from ray_dwm.orchestration.write import write_rows
 from ray_dwm.selection import record, scores
 from ray_dwm.selection.method import Scored, Task, applies
@@ -71,13 +72,18 @@ class Selection:
     def depends_on(self) -> dict[str, Any]:
         """What the chosen rows depend on."""
         s = self.config.selection
-        choice = {"rows": self.rows, "stratified": s.stratified, "temperature": s.temperature, "choice": self._options}
+        choice = {"rows": self.rows, "stratified": s.stratified, "temperature": s.temperature, "choice": self._choice}
         weights = {} if self.domain_weights is None else {"domain_weights": self.domain_weights.digest}
         return {**self.scores_of, **choice, **weights}
 
     @property
     def _options(self) -> dict[str, Any]:
         return dict(to_dict(self.config.selection).get(self.method, {}))
+
+    @property
+    def _choice(self) -> dict[str, Any]:
+        elsewhere = METHODS[self.method].elsewhere
+        return {key: value for key, value in self._options.items() if key not in elsewhere}
 
 
 def plan_selection(config: RunConfig) -> Selection:
@@ -104,8 +110,26 @@ def plan_selection(config: RunConfig) -> Selection:
         proxies=plan_proxies(config, pool, method.check_proxy) if applies(method.proxies, config.selection) else (),
         domain_weights=plan_domain_weights(config, pool) if method.domain_weights else None,
     )
+    if config.selection.scores:
+        scores.check(Path(config.selection.scores).expanduser(), pool, digest(selection.scores_of))
     folder = Path(config.selection.output).expanduser().absolute() if config.selection.output else _inline(selection)
     return dataclasses.replace(selection, folder=folder)
+
+
+def plan_inline(config: RunConfig) -> Selection:
+    """Check whether a run can select and then train on what it has selected; starts nothing.
+
+    Raises:
+        UserError: naming the key or file and the remedy.
+    """
+    check_data(config)  # of the pool: what of the run is wrong is told before hours of scoring
+    selection, batch = plan_selection(config), config.train.global_batch
+    if selection.rows < batch:
+        raise ConfigError(
+            f"selection.budget is {config.selection.budget} tokens, {selection.rows} sequences, and train.global_batch "
+            f"is {batch}: select more, or lower the batch"
+        )
+    return selection
 
 
 def _rows(config: RunConfig, pool: Manifest) -> int:
@@ -163,9 +187,13 @@ def with_selection(config: RunConfig) -> RunConfig:
     """The configuration with the selected shards in the pool's place, after they have been made.
 
     A run that chooses its data in stages keeps the pool.
+
+    Raises:
+        UserError: before anything was started, or where the data do not allow it.
     """
     if config.data.selection == "none" or config.in_stages:
         return config
+    plan_inline(config)
     folder = select(config)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(folder), selection="none"))
 
@@ -202,7 +230,7 @@ def _fill(selection: Selection, work: Path, seconds: Callable[[], float]) -> Non
         "notes": task.notes,
         **record.describe(pool, scored, rows),
         "seconds": seconds(),
-        "proxy_seconds": sweep.training_s,
+        "proxy_seconds": spent(work, PROXIES),
     }
     write_whole(shards / record.RECORD, json.dumps(content, indent=2) + "\n")
     for left in shards.glob(".*.tmp"):  # by a kill

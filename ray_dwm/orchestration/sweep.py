@@ -34,8 +34,6 @@ class RaySweep:
     def __init__(self, work: Path, options: SelectionConfig, title: str = "") -> None:
         """Results go to `work`; what is told begins with the title."""
         self.work, self.options, self._title = work, options, title
-        self.training_s = 0.0
-        """Seconds that went into training proxy LMs, which other selections use too."""
 
     def __call__(
         self, name: str, folder: str, function: RowFunction, rows: NDArray[np.int64] | None = None, block: int = 0

@@ -16,6 +16,8 @@ from ray_dwm.errors import Stopped, UserError
 
 SHARDS = "shards"
 """In it, what becomes the output."""
+PROXIES = "proxy_seconds"
+"""What `timed` calls the seconds that went into training proxy LMs, which other selections use too."""
 
 
 def work_path(output: Path) -> Path:
@@ -51,15 +53,20 @@ def work_folder(output: Path, depends_on: Mapping[str, Any]) -> Iterator[Path]:
 
 
 @contextmanager
-def timed(work: Path) -> Iterator[Callable[[], float]]:
+def timed(work: Path, what: str = "seconds") -> Iterator[Callable[[], float]]:
     """Seconds that work has taken, with those of earlier attempts that were interrupted (but not killed)."""
-    path = work / "seconds"
-    before, began = float(path.read_text()) if path.exists() else 0.0, time.monotonic()
+    path, before, began = work / what, spent(work, what), time.monotonic()
     try:
         yield lambda: before + time.monotonic() - began
     finally:
         work.mkdir(parents=True, exist_ok=True)
         write_whole(path, str(before + time.monotonic() - began))
+
+
+def spent(work: Path, what: str) -> float:
+    """The seconds that `timed` has counted."""
+    path = work / what
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 @contextmanager

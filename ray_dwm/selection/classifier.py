@@ -53,6 +53,13 @@ def prepare(task: Task) -> RowFunction:
     scores = classifier.scores(bags)
     task.notes["examples"] = {"target": int(labels.sum()), "pool": int((1 - labels).sum())}
     task.notes["held_out"] = judged(scores[held_out], labels[held_out] == 1)
+    if len(targets) > 1:  # a large set would hide a small one
+        of = np.repeat(np.arange(len(parts)), [len(part.bags) for part in parts])
+        task.notes["held_out_by_set"] = {
+            name: judged(scores[held_out & among], of[held_out & among] == number)
+            for number, name in enumerate(task.targets, start=1)
+            for among in [(of == 0) | (of == number)]
+        }
     return LogOdds(str(task.pool.folder), task.options.classifier, classifier)
 
 

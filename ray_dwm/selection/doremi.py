@@ -65,7 +65,9 @@ def read_weights(path: Path, pool: Manifest) -> dict[str, float]:
     """
     try:
         content = json.loads(path.read_text())
-        weights = {str(name): _weight(value) for name, value in dict(content.get("weights", content)).items()}
+        nested = content.get("weights")  # a domain may be called so
+        plain = nested if isinstance(nested, dict) else content
+        weights = {str(name): _weight(value) for name, value in dict(plain).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"selection.doremi.weights: {path} cannot be read ({str(error).splitlines()[0]}): it must be a JSON "

@@ -55,11 +55,11 @@ class Fit:
         """
         known = np.isfinite(self.influences)
         values = self.influences[known]
-        if len(values) < LEAST_PROBES or np.ptp(values) == 0:
+        different = len(np.unique(values))
+        if len(values) < LEAST_PROBES or different == 1:
             raise DataError(
-                f"{len(values)} of {len(rows)} probes have an influence on the target loss, between "
-                f"{values.min(initial=0):g} and {values.max(initial=0):g} nats: there is nothing to learn, raise "
-                "selection.mates.probes or use another target set"
+                f"{len(values)} of {len(rows)} probes have an influence on the target loss, and {different} are "
+                "different: there is nothing to learn, raise selection.mates.probes or use another target set"
             )
         ids = _tokens(rows, self.seq_len)[torch.from_numpy(known)]
         learnt, stopping, judging = _parts(len(values), self.seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,17 +81,24 @@ def look_of(folder: Path) -> Look:
     return str(folder.parent), step
 
 
-def learn(task: Task, looks: Sequence[Look], candidates: NDArray[np.int64], seq_len: int) -> Influence:
+def learn(
+    task: Task,
+    looks: Sequence[Look],
+    candidates: NDArray[np.int64],
+    seq_len: int,
+    weights: Mapping[str, float] = MappingProxyType({}),
+) -> Influence:
     """Probe the LMs with some of the candidates, and learn what all of them do.
 
     Args:
         candidates: row numbers of the pool.
         seq_len: tokens of each sequence that the LMs see.
+        weights: name -> weight of a target set in the target loss; 1 where it is not named.
     """
     options, pool = task.options.mates, str(task.pool.folder)
     probes = _drawn(candidates, options.probes, task.seed)
     targets = {name: str(manifest.folder) for name, manifest in task.targets.items()}
-    oracle = Oracle(tuple(looks), targets, options.probe_targets, task.seed)
+    oracle = Oracle(tuple(looks), targets, dict(weights), options.probe_targets, task.seed)
     block = -(-len(probes) // (_BLOCKS * task.options.tasks))
     blocks = task.sweep("influences of probes", pool, oracle, probes, block)
     influences = np.concatenate([block["influences"] for block in blocks])
@@ -121,6 +129,7 @@ class Oracle:
 
     looks: tuple[Look, ...]
     targets: Mapping[str, str]
+    weights: Mapping[str, float]
     sequences: int
     """Of each target set."""
     seed: int
@@ -131,5 +140,5 @@ class Oracle:
         found = []
         for folder, step in self.looks:
             prober = open_prober(Path(folder), step)
-            found.append(prober.influences(rows, self.targets, self.sequences, self.seed))
+            found.append(prober.influences(rows, self.targets, self.sequences, self.seed, self.weights))
         return {"influences": np.stack(found, axis=1)}

@@ -120,5 +120,7 @@ class Method:
     """Whether the order of the chosen rows matters: training then reads them in that order."""
     depends: Callable[[SelectionConfig], dict[str, Any]] | None = None
     """What its scores depend on beside seed, pool and target sets, files' contents included; None: all its options."""
+    elsewhere: tuple[str, ...] = ()
+    """Its options that do not decide the choice: of a run in stages, or names of what counts by its content."""
     check: Callable[[SelectionConfig, Manifest, int], None] = nothing_more
     """Refuses, before anything is scored, options that do not fit the pool or the number of rows."""

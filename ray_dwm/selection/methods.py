@@ -38,6 +38,7 @@ METHODS = {
         choose=dwm.choose,
         targeted=False,
         depends=dwm.depends,
+        elsewhere=("folder",),
         check=dwm.check,
     ),
     "doremi": Method(
@@ -46,6 +47,7 @@ METHODS = {
         targeted=False,
         domain_weights=True,
         depends=doremi.depends,
+        elsewhere=("weights",),
     ),
     "mates": Method(
         prepare=mates.prepare,
@@ -53,6 +55,7 @@ METHODS = {
         proxies=True,
         check_proxy=mates.look_of,
         depends=mates.depends,
+        elsewhere=("stages", "candidates"),
         check=mates.check,
     ),
 }

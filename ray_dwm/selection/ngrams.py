@@ -116,7 +116,8 @@ def _hashes(buckets: int) -> WordHashes:
 def token_ngrams(ids_nT: NDArray[np.integer], bigrams: bool, buckets: int) -> Ngrams:
     """The n-grams of token ids, by a multiplicative hash."""
     ids = ids_nT.astype(np.uint64)
-    keys = [ids, ids[:, :-1] * np.uint64(0x100000001B3) + ids[:, 1:] + np.uint64(1)][: 1 + bigrams]
+    one = np.uint64(1)  # without which a pair that begins with token 0 were the second token alone
+    keys = [ids, (ids[:, :-1] + one) * np.uint64(0x100000001B3) + ids[:, 1:]][: 1 + bigrams]
     flat = np.concatenate([x.ravel() for x in keys])
     flat ^= flat >> np.uint64(31)
     flat *= np.uint64(0x7FB5D329728EA185)

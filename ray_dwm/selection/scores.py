@@ -52,13 +52,13 @@ def require_usable(scored: Scored, method: str) -> None:
     bad = int((~np.isfinite(scored.scores)).sum())
     if bad:
         raise DataError(
-            f"{bad} of {len(scored)} scores of {method} are not finite: a proxy LM has diverged, train it with a lower "
-            "train.lr or name another"
+            f"{bad} of {len(scored)} scores of {method} are not finite: the LM or DWM that it looks through has "
+            "diverged, train it with a lower rate (selection.proxy.lr of a proxy) or name another"
         )
     if len(scored) > 1 and np.ptp(scored.scores) == 0:
         raise DataError(
             f"all {len(scored)} scores of {method} are {scored.scores[0]:g}: it sees no difference between the "
-            "sequences; give it another target set or other options, or use selection=random"
+            "sequences; give it another target set or other options, or use data.selection=random"
         )
 
 
@@ -79,25 +79,37 @@ def kept(path: Path, blocks: Iterable[Arrays], pool: Manifest, digest: str) -> I
             writer.close()
 
 
-def read(path: Path, pool: Manifest, digest: str) -> Scored:
-    """Scores that an earlier selection kept.
+def check(path: Path, pool: Manifest, digest: str) -> None:
+    """Look at what a file of scores says that it is of, without reading any.
 
     Raises:
         DataError: the file is damaged, or of another pool, method or target.
     """
     try:
         file = pq.ParquetFile(path)
-        found = (file.schema_arrow.metadata or {}).get(_DIGEST, b"").decode(errors="replace")
-        table = file.read(columns=["sample_id", "domain", "score"])
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"scores {path} cannot be read ({str(error).splitlines()[0]}): score anew") from None
+    found = (file.schema_arrow.metadata or {}).get(_DIGEST, b"").decode(errors="replace")
+    if found != digest or file.metadata.num_rows != pool.rows:
+        raise DataError(
+            f"scores {path} are of another pool, target set, seed or method: leave selection.scores empty to score anew"
+        )
+
+
+def read(path: Path, pool: Manifest, digest: str) -> Scored:
+    """Scores that an earlier selection kept.
+
+    Raises:
+        DataError: the file is damaged, or of another pool, method or target.
+    """
+    check(path, pool, digest)
+    try:
+        table = pq.read_table(path, columns=["sample_id", "domain", "score"])
         ids, scores = table.column("sample_id").to_numpy(), table.column("score").cast(pa.float64()).to_numpy()
         domain = table.column("domain").unify_dictionaries().combine_chunks()
         names, codes = domain.dictionary.to_pylist(), domain.indices.to_numpy()
     except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
         raise DataError(f"scores {path} cannot be read ({str(error).splitlines()[0]}): score anew") from None
-    if found != digest or len(table) != pool.rows:
-        raise DataError(
-            f"scores {path} are of another pool, target set, seed or method: leave selection.scores empty to score anew"
-        )
     if not (np.array_equal(ids, open_shards(str(pool.folder)).sample_ids()) and set(names) <= pool.domains.keys()):
         raise DataError(
             f"scores {path} are not in the order of the pool {pool.folder}: leave the file as it was written"

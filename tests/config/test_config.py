@@ -71,6 +71,11 @@ def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_pa
         ("cluster:\n  workers: [1, 2]\n  cpus_per_worker: 0.5\n", "cluster.cpus_per_worker is 0.5: .* whole"),
         ("cluster:\n  workers: [1, 2]\n  dwm_gpus: 0.5\n", "cluster.dwm_gpus is 0.5: .* elastic"),
         ("bilevel:\n  warmup_steps: 0\n", "hypergradient is noise"),
+        (
+            "weighting:\n  method: uniform\ndata:\n  selection: mates\nbilevel:\n  target_weights: {target: 0}\n",
+            "bilevel.target_weights are all 0",
+        ),
+        ("selection:\n  seed: -2\n", "selection.seed is -2"),
         ("name: a/b\n", "use letters, digits"),
     ],
 )

@@ -104,7 +104,12 @@ def influences_and_oracle(config: RunConfig, targets: dict[str, Path]) -> dict[s
     rates = [group["lr"] for group in prober._lower.optimizer.param_groups]
     found = prober.influences(rows, {k: str(v) for k, v in targets.items()}, sequences=12, seed=5)
     after = state_of(prober)
+    parts = [prober.influences(rows, {k: str(v)}, sequences=12, seed=5) for k, v in targets.items()]
+    weights = {"target": 3.0}
+    weighed = prober.influences(rows, {k: str(v) for k, v in targets.items()}, 12, 5, weights)
     return {
+        "weighed": weighed,
+        "by weight": np.average(parts, axis=0, weights=[weights.get(name, 1.0) for name in targets]),
         "found": found,
         "again": prober.influences(rows, {k: str(v) for k, v in targets.items()}, sequences=12, seed=5),
         "oracle": by_hand(prober, config, rows.input_ids, targets),
@@ -121,6 +126,7 @@ def test_influences_are_those_of_an_optimizer_made_by_hand(
     np.testing.assert_allclose(found["found"], found["oracle"], atol=3e-6)
     assert np.std(found["oracle"]) > 1e-4, "the probes must differ for the comparison to say something"
     np.testing.assert_array_equal(found["found"], found["again"])
+    np.testing.assert_allclose(found["weighed"], found["by weight"], atol=1e-9)
     assert found["same"] and found["rates"]
 
 

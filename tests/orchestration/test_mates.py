@@ -194,6 +194,7 @@ def test_between_stages_a_run_that_is_to_stop_stops_and_one_that_lacks_its_rows_
         (["selection.mates.stages=1"], "selection.mates.stages is 1: it must be at least 2"),
         (["selection.mates.stages=17"], "at most train.steps = 16"),
         (["selection.output=x"], "selection.output is of `ray-dwm select`"),
+        (["selection.budget=15"], "selection.budget is 15 tokens, 0 sequences a stage"),
         (["selection.mates.probes=129"], "selection.mates.probes is 129, and there are 128 sequences"),
         (["selection.budget=112"], "selection.budget is 112 tokens, 7 sequences a stage: it must be at least"),
         (

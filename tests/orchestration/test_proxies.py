@@ -15,7 +15,7 @@ from synthetic import tiny_config
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import open_shards
-from ray_dwm.errors import TrainingError, UserError
+from ray_dwm.errors import DataError, Stopped, TrainingError, UserError
 from ray_dwm.orchestration import proxies
 from ray_dwm.orchestration.proxies import plan_proxies
 from ray_dwm.orchestration.select import select
@@ -37,11 +37,13 @@ def test_names_say_what_a_proxy_is_trained_on_and_how(shards: dict[str, Path], t
         planned = plan_proxies(config, pool)
         runs = [proxy.run for proxy in planned if proxy.run is not None]
         assert [(run.weighting.method, run.data.order) for run in runs] == [("uniform", "shuffled")] * 2
+        assert all(not run.evaluation.tasks for run in runs)
         return [proxy.folder.parent.name for proxy in planned]
 
     first = names()
     assert len(set(first)) == 2
     assert names("train.micro_batch=4", "name=other", "bilevel.every=7", "selection.budget=32") == first
+    assert names("train.eval_every=2", "train.eval_sequences=8", "evaluation.tasks=x.jsonl") == first
     assert names("seed=1")[0] == first[1]
     for changed in ("selection.proxy.lr=1e-2", "selection.proxy.preset=tiny", "train.global_batch=16"):
         assert not set(names(changed)) & set(first)
@@ -53,6 +55,7 @@ def test_names_say_what_a_proxy_is_trained_on_and_how(shards: dict[str, Path], t
         ("nothing", "neither a finished run folder nor a Hugging Face folder"),
         ("vocabulary", "has vocab_size = 32, the pool .* has 64 token ids"),
         ("length", "has max_position_embeddings = 8, the pool .* has 16 tokens a sequence"),
+        ("length of a GPT-2", "has n_positions = 8, the pool .* has 16 tokens a sequence"),
         ("tokenizer", "has another tokenizer than the pool"),
     ],
 )
@@ -66,6 +69,10 @@ def test_named_folders_that_do_not_fit_are_refused(
     if case == "length":
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**content, "max_position_embeddings": 8}))
+    if case == "length of a GPT-2":
+        content = json.loads((folder / "config.json").read_text())
+        del content["max_position_embeddings"]
+        (folder / "config.json").write_text(json.dumps({**content, "n_positions": 8}))
     if case == "tokenizer":
         (folder / "tokenizer.json").write_text("{}")
     config = tiny_config(shards, tmp_path, f"selection.proxy.folders={folder}")
@@ -114,13 +121,23 @@ def test_proxies_are_trained_once_for_all_selections(
     assert len(set(found[0]) & set(found[1])) >= 39  # another batch rounds another way
 
 
-def test_a_proxy_that_diverges_is_one_line_and_leaves_nothing(
-    driver: None, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "raised"), [("not_finite", DataError), ("stopped", Stopped), ("other", TrainingError)]
+)
+def test_a_proxy_that_does_not_get_ready_is_one_line_and_leaves_nothing(
+    driver: None,
+    shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    raised: type[Exception],
 ) -> None:
-    def diverging(config: RunConfig) -> None:
-        raise TrainingError(f"[{config.name}] the gradient is not finite at step 3: lower train.lr")
+    def ending(config: RunConfig) -> None:
+        error = TrainingError(f"[{config.name}] ended at step 3: lower train.lr")
+        error.kind = kind
+        raise error
 
-    monkeypatch.setattr(proxies, "train", diverging)
-    with pytest.raises(TrainingError, match=r"^proxy LM \[proxy-.* step 3: lower selection\.proxy\.lr$"):
+    monkeypatch.setattr(proxies, "train", ending)
+    with pytest.raises(raised, match=r"^proxy LM \[proxy-.* step 3: lower selection\.proxy\.lr$") as found:
         select(dsdm_config(shards, tmp_path))
-    assert not (tmp_path / "out").exists()
+    assert type(found.value) is raised and not (tmp_path / "out").exists()

@@ -346,6 +346,24 @@ def test_bad_input_is_one_line(shards: dict[str, Path], tmp_path: Path, options:
     assert not (tmp_path / "out").exists() or not [p for p in (tmp_path / "out").iterdir() if p.name[0] != "."]
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("selection.budget=48", "48 tokens, 3 sequences, and train.global_batch is 8: select more, or lower the batch"),
+        ("lm.preset=huge", "lm.preset is 'huge'"),
+        ("data.held_out.other=FOREIGN", "was made with tokenizer synthetic, .* another one"),
+    ],
+)
+def test_what_is_wrong_with_a_run_is_told_before_it_selects(
+    shards: dict[str, Path], tmp_path: Path, option: str, message: str
+) -> None:
+    make_shards(tmp_path / "foreign", good=20, noise=0, tokenizer_sha256="1" * 64)
+    given = option.replace("FOREIGN", str(tmp_path / "foreign"))
+    with pytest.raises(UserError, match=message):
+        with_selection(config(shards, tmp_path / "out", "selection.output=", given))
+    assert not (tmp_path / "out").exists()
+
+
 def test_equal_scores_are_refused(shards: dict[str, Path], tmp_path: Path) -> None:
     """A single bucket: pool and target have the same n-grams."""
     with pytest.raises(DataError, match="all 256 scores of dsir are 0"):

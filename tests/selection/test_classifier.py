@@ -98,6 +98,10 @@ def test_sets_weigh_the_same_and_what_is_held_out_nothing(tmp_path: Path, monkey
     held_out = job.notes["held_out"]
     assert [held_out["pool"], held_out["target"]] == [(p == 0).sum() for p in np.split(given["weights"], 2)]
     assert held_out["pool"] > 0 < held_out["target"]
+    by_set = job.notes["held_out_by_set"]
+    assert {found["pool"] for found in by_set.values()} == {held_out["pool"]}
+    assert sum(found["target"] for found in by_set.values()) == held_out["target"]
+    assert by_set["b"]["auc"] == 1 > by_set["a"]["auc"], "nothing in the pool is of b, and a third is as a"
 
 
 def test_other_blocks_give_the_same_classifier(tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def test_given_weights_are_normalised(tmp_path: Path, content: dict[str, object]
     assert doremi.read_weights(tmp_path / "w.json", pool) == {"good": 0.25, "noise": 0.75}
 
 
+def test_a_domain_may_be_called_weights(tmp_path: Path) -> None:
+    pool = make_shards(tmp_path / "pool", good=6, noise=6)
+    pool = dataclasses.replace(pool, domains={"good": pool.domains["good"], "weights": pool.domains["noise"]})
+    (tmp_path / "w.json").write_text('{"weights": 0.75, "good": 0.25}')
+    assert doremi.read_weights(tmp_path / "w.json", pool) == {"good": 0.25, "weights": 0.75}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

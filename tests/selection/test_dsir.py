@@ -60,6 +60,7 @@ def test_token_ngrams() -> None:
     assert first[4] == first[6] == second[4] and len({*first[4:6], *second[5:]}) == 4
     assert np.array_equal(token_ngrams(ids.astype(np.uint16), True, 10**9).buckets_k, found.buckets_k)
     assert np.array_equal(token_ngrams(ids, False, 10**9).buckets_k, found.buckets_k[:8])
+    assert len(set(token_ngrams(np.array([[0, 5, 6]]), True, 10**9).buckets_k)) == 5, "(0, 5) is not 6"
 
 
 def test_log_ratios_by_hand() -> None:

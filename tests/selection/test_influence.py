@@ -85,7 +85,7 @@ def test_standardised(values: list[float], expected: list[float]) -> None:
 
 @pytest.mark.parametrize("influences", [np.full(20, 0.25), np.r_[np.arange(15), np.full(5, np.nan)]])
 def test_influences_that_say_nothing_are_refused(influences: np.ndarray) -> None:
-    with pytest.raises(DataError, match=r"of 20 probes have an influence on the target loss, between") as raised:
+    with pytest.raises(DataError, match=r"of 20 probes have an influence on the target loss, and") as raised:
         fit(rows(20, seed=0), influences)
     assert "\n" not in str(raised.value)
 
