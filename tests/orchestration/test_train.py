@@ -222,7 +222,7 @@ def test_a_run_that_others_keep_waiting_writes_nothing(
     finally:
         holder.kill()
         holder.wait()
-    assert "s, the run needs 4 CPUs, of which 1 CPUs are free now, with room for 1 of 2 workers" in last
+    assert "s, the run needs 4 CPUs, of which 1 CPUs are free now, with room for 0 of 2 workers" in last
     assert not (tmp_path / "runs").exists()
 
 
