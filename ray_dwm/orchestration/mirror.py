@@ -130,7 +130,7 @@ class Mirror:
             del self._sent[path]
 
     def _there(self) -> dict[str, Sign]:
-        """What of the folder is there already: of the same size, and not older; and of which checkpoints it has none."""
+        """What of the folder is there already, of the same size and not older; and what is to be replaced or to go."""
         now, listing = _files(self._folder), _listing(self._store, self._root)
         # Those that the folder has not were pruned before a kill: they count as sent, so that they are dropped.
         found = {path: info for path, info in listing.items() if path in now or path.startswith(_CHECKPOINTS)}
