@@ -141,7 +141,7 @@ class RaySink:
 
     def close(self, exit_code: int) -> None:
         """See MetricSink."""
-        del exit_code  # what is exported ends with its process
+        del exit_code  # what is exported ends with its exporter
 
 
 def run_id() -> str:
