@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,14 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_dwm.errors import DataError
+from ray_dwm.errors import DataError, UserError
+from ray_dwm.logs import in_job, say
 
 LOCK = ".lock"
 """In a folder that one process at a time works in; see `locked`."""
+_FORMER_S = 300.0
+"""For so long, the attempt that a Ray job follows may still save: Kubernetes lets the head's pod live no longer."""
+_POLL_S = 1.0
 
 
 @contextmanager
@@ -63,6 +68,41 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False  # no such file, or a file system without locks
     return False
+
+
+def outlive(lock: Path, within_s: float) -> bool:
+    """Wait a while for whoever holds a lock file to end; whether it is free then is returned."""
+    deadline = time.monotonic() + within_s
+    while is_locked(lock):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+@contextmanager
+def alone_in(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes out of a folder for as long as the body runs.
+
+    A Ray job waits a while for one that is there: it may be the attempt before it, which has been told to end.
+
+    Args:
+        what: the folder is.
+
+    Raises:
+        UserError: another process is in it.
+    """
+    with locked(folder / LOCK, lambda: _refuse(folder, what)):
+        yield
+
+
+def _refuse(folder: Path, what: str) -> None:
+    told = f"{what} {folder} is in use by another process"
+    if in_job():
+        say(f"{told}: waiting for up to {_FORMER_S:g} s")
+        if outlive(folder / LOCK, _FORMER_S):
+            return
+    raise UserError(f"{told}: wait for it, or choose another name=...")
 
 
 def digest(content: Any) -> str:

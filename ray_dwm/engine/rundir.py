@@ -6,14 +6,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_dwm.config import RunConfig, load, to_dict, to_yaml
 from ray_dwm.config.building import dotted
 from ray_dwm.data.manifest import MANIFEST, file_sha256
-from ray_dwm.data.records import LOCK, locked, read_json, write_whole
+from ray_dwm.data.records import alone_in, read_json, write_whole
 from ray_dwm.engine.reference import reference_weights
 from ray_dwm.errors import ConfigError, DataError, DwmError, TrainingError, UserError
 
@@ -76,7 +75,7 @@ def claim(config: RunConfig) -> Iterator[None]:
         raise UserError(
             f"run folder {config.run_dir} cannot be made ({error.strerror}): choose another storage=..."
         ) from None
-    with locked(config.run_dir / LOCK, partial(_in_use, config)):
+    with alone_in(config.run_dir, "run folder"):
         check(config)  # again, now that nobody else can change it
         write_whole(config.run_dir / "config.yaml", to_yaml(config))
         write_whole(config.run_dir / _DATA, json.dumps(data_digests(config), indent=2) + "\n")
@@ -84,12 +83,6 @@ def claim(config: RunConfig) -> Iterator[None]:
         stop_path(config).unlink(missing_ok=True)
         running_path(config).unlink(missing_ok=True)
         yield
-
-
-def _in_use(config: RunConfig) -> None:
-    raise UserError(
-        f"run folder {config.run_dir} is in use by another process: wait for it, or choose another name=..."
-    )
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ray_dwm.errors import Stopped
+
 NOTICE_INTERVAL_S = 5.0
 """Between two looks, by all ranks together, at whether a node is about to be taken away."""
 SAME_REQUEST_S = 30.0
@@ -43,3 +45,25 @@ def on_sigterm(ask: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stopped_by_sigterm(message: str) -> Iterator[None]:
+    """Have a SIGTERM end the body at once, in which there is nothing to be saved.
+
+    Raises:
+        Stopped: it came.
+    """
+    asked = threading.Event()
+
+    def ask() -> None:
+        asked.set()
+        raise KeyboardInterrupt  # what waits in the body takes other exceptions for its own, or lets none out
+
+    try:
+        with on_sigterm(ask):
+            yield
+    except KeyboardInterrupt:
+        if not asked.is_set():
+            raise
+        raise Stopped(message) from None

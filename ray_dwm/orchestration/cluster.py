@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def needed(config: RunConfig, workers: int) -> dict[str, float]:
     """Logical resources that a run of so many workers holds at the same time."""
     cluster, dwm = config.cluster, config.learns_dwm
     beside = config.evaluation.gpus if config.evaluation.every else 0.0
-    gpus = workers * cluster.gpus_per_worker + (cluster.dwm_gpus if dwm else 0) + beside
+    gpus = workers * cluster.gpus_per_worker + actor_bundle(config)["GPU"] + beside
     return {"CPU": _cpus(config, dwm, workers), "GPU": gpus}
 
 
@@ -162,6 +163,13 @@ def actor_cpus(config: RunConfig) -> float:
 def worker_bundle(config: RunConfig) -> dict[str, float]:
     """Logical resources of one worker."""
     return {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
+
+
+def actor_bundle(config: RunConfig) -> dict[str, float]:
+    """Logical resources of the DWM actor; none where there is no actor."""
+    if not config.learns_dwm:
+        return {"CPU": 0.0, "GPU": 0.0}
+    return {"CPU": actor_cpus(config), "GPU": config.cluster.dwm_gpus}
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
@@ -198,6 +206,25 @@ def fitting(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
     return sum(int(min(node.get(kind, 0.0) / amount + 1e-9 for kind, amount in asked.items())) for node in nodes)
 
 
+def less(node: Mapping[str, float], amounts: Mapping[str, float]) -> dict[str, float]:
+    """What a node has when something has been taken there."""
+    return {kind: max(0.0, amount - amounts.get(kind, 0.0)) for kind, amount in node.items()}
+
+
+def room_for_workers(config: RunConfig, nodes: list[dict[str, float]]) -> int:
+    """How many workers the nodes hold beside the DWM actor, where it leaves them most; none where it fits no node."""
+    actor, bundle = actor_bundle(config), worker_bundle(config)
+    if not any(actor.values()):
+        return fitting(nodes, bundle)
+    lost = [fitting([node], bundle) - fitting([less(node, actor)], bundle) for node in nodes if fitting([node], actor)]
+    return fitting(nodes, bundle) - min(lost) if lost else 0
+
+
+def beside_actor(config: RunConfig) -> str:
+    """What is said of the room for workers where it is that beside an actor."""
+    return " beside the DWM actor" if any(actor_bundle(config).values()) else ""
+
+
 def preflight(config: RunConfig) -> int:
     """Compare what the run needs with what the cluster has; an elastic run needs its fewest workers.
 
@@ -215,21 +242,23 @@ def preflight(config: RunConfig) -> int:
                 f"cluster has {available.get(kind, 0.0):g}: lower cluster.workers or "
                 f"cluster.{kind.lower()}s_per_worker, or add nodes"
             )
-    fit = fitting([node["Resources"] for node in alive_nodes()], worker_bundle(config))
+    nodes = [node["Resources"] for node in alive_nodes()]
+    _check_fits("the DWM actor", actor_bundle(config), nodes, "cluster.dwm_cpus or cluster.dwm_gpus")
+    fit = room_for_workers(config, nodes)
     if fit < cluster.least_workers:
         raise ResourceError(
             f"only {fit} of {cluster.least_workers} workers of {cluster.cpus_per_worker:g} CPUs and "
-            f"{cluster.gpus_per_worker:g} GPUs fit the cluster's nodes: lower cluster.workers or what a worker asks for"
+            f"{cluster.gpus_per_worker:g} GPUs fit the cluster's nodes{beside_actor(config)}: lower cluster.workers or "
+            "what a worker asks for"
         )
-    _check_evaluation(config)
+    if config.evaluation.tasks:  # also where it runs after training alone: a run would wait for it without end
+        asked = {"CPU": config.evaluation.cpus, "GPU": config.evaluation.gpus}
+        _check_fits("an evaluation", asked, nodes, "evaluation.cpus or evaluation.gpus")
     return min(fit, cluster.most_workers)
 
 
-def _check_evaluation(config: RunConfig) -> None:
-    """Also where it runs after training alone: a run would wait for it without end."""
-    asked = {"CPU": config.evaluation.cpus, "GPU": config.evaluation.gpus} if config.evaluation.tasks else {}
-    if any(asked.values()) and not fitting([node["Resources"] for node in alive_nodes()], asked):
+def _check_fits(what: str, asked: dict[str, float], nodes: list[dict[str, float]], keys: str) -> None:
+    if any(asked.values()) and not fitting(nodes, asked):
         raise ResourceError(
-            f"an evaluation of {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs fits no node of the cluster: lower "
-            "evaluation.cpus or evaluation.gpus"
+            f"{what} of {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs fits no node of the cluster: lower {keys}"
         )

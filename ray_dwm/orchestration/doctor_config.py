@@ -18,7 +18,7 @@ from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
 from ray_dwm.logs import in_job
 from ray_dwm.models.presets import parameter_count
-from ray_dwm.orchestration.cluster import fitting, needed, worker_bundle
+from ray_dwm.orchestration.cluster import fitting, needed, room_for_workers, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts
 from ray_dwm.orchestration.findings import Finding, count
 from ray_dwm.orchestration.mates import check_stages
@@ -219,7 +219,7 @@ def check_free(
     row = Finding("resources", "ok", f"the run holds {shown}{fewer}")
     there = {kind: sum(node.get(kind, 0.0) for node in free) for kind in wanted}
     busy = [f"{there[kind]:g} {kind}s" for kind, amount in wanted.items() if there[kind] < amount]
-    room = fitting(list(free), worker_bundle(config))
+    room = room_for_workers(config, list(free))
     if busy or room < workers:
         now = f"{' and '.join(busy)} are free" if busy else f"{room} of {workers} workers find a node with room"
         remedy = "wait: the run starts when others have ended"

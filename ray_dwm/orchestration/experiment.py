@@ -17,7 +17,7 @@ from ray_dwm.analysis.leaderboard import Board
 from ray_dwm.analysis.publish import LEADERBOARD, write_leaderboard
 from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.config.experiment import Cell, ExperimentConfig, grid, needed
-from ray_dwm.data.records import LOCK, locked, write_whole
+from ray_dwm.data.records import alone_in, write_whole
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import Train, begin, fail, is_done, run_cell
@@ -85,7 +85,7 @@ def experiment(
     say(f"experiment {config.name}: {told}: {config.folder}")
     device = (ready or partial(make_ready, at_once=parallel))([runs[cell] for cell in todo]) if todo else ""
     config.folder.mkdir(parents=True, exist_ok=True)
-    with locked(config.folder / LOCK, partial(_in_use, config)):
+    with alone_in(config.folder, "experiment"):
         write_whole(config.folder / EXPERIMENT, yaml.safe_dump(to_dict(config), sort_keys=False))
         try:
             if parallel > 1:
@@ -128,10 +128,6 @@ def one_cell(config: ExperimentConfig, path: str) -> bool:
     if path not in cells:
         raise ConfigError(f"--cell is {path}, which experiment {config.name} does not have")
     return run_cell(config, cells[path], train_run)
-
-
-def _in_use(config: ExperimentConfig) -> None:
-    raise UserError(f"experiment {config.folder} is in use by another process: wait for it, or choose another name=...")
 
 
 def _one_after_another(config: ExperimentConfig, cells: Sequence[Cell], train: Train, device: str) -> list[Cell]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
+import ray
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.metrics import Counter, Gauge
 
@@ -21,7 +24,10 @@ from ray_dwm.orchestration.series import BY_NAME, PLACE_TAGS, SERIES, Place, Ser
 
 
 class Exporter:
-    """One process's series, under the tags that are the same for all of them. Ray must be connected to."""
+    """A context that exports one process's series, under the tags that all of them have. Ray must be connected to.
+
+    Ray drops a gauge that is not set anew: a thread does that until the context or the process ends.
+    """
 
     def __init__(self, place: Place, *tags: str) -> None:
         """
@@ -30,20 +36,51 @@ class Exporter:
         """
         self._tags = dict(zip(PLACE_TAGS[place], tags, strict=True))
         self._metrics: dict[str, Gauge | Counter] = {}
+        self._last: dict[tuple[str, ...], tuple[Gauge, float, dict[str, str]]] = {}
+        """Name and values of the tags -> what a gauge was set to last."""
+        self._lock = threading.Lock()  # without it, the thread might put an old value over a new one
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._set_anew, daemon=True)
+
+    def __enter__(self) -> Exporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def put(self, name: str, value: float, **tags: str) -> None:
-        """Set a gauge, or add to a counter; nothing for what is not finite, which Ray would not pass on."""
-        series = BY_NAME[name]
-        if name not in self._metrics:
-            kind = Gauge if series.kind == "gauge" else Counter
-            self._metrics[name] = kind(name, f"{series.help} [{series.unit}]", series.all_tags)
-        metric = self._metrics[name]
-        if not math.isfinite(value):
-            return
-        if isinstance(metric, Gauge):
-            metric.set(value, {**self._tags, **tags})
-        elif value > 0:
-            metric.inc(value, {**self._tags, **tags})
+        """Set a gauge, or add to a counter; what is not finite, which Ray would not pass on, takes the gauge away."""
+        series, key, tags = BY_NAME[name], (name, *tags.values()), {**self._tags, **tags}
+        with self._lock:
+            if name not in self._metrics:
+                kind = Gauge if series.kind == "gauge" else Counter
+                self._metrics[name] = kind(name, f"{series.help} [{series.unit}]", series.all_tags)
+            metric = self._metrics[name]
+            self._last.pop(key, None)
+            if not math.isfinite(value):
+                return
+            if isinstance(metric, Gauge):
+                metric.set(value, tags)
+                self._last[key] = metric, value, tags
+                if self._thread.ident is None:
+                    self._thread.start()
+            elif value > 0:
+                metric.inc(value, tags)
+
+    def _set_anew(self) -> None:
+        while not self._ended.wait(_anew_s()):
+            with self._lock:
+                for metric, value, tags in self._last.values():
+                    metric.set(value, tags)
+
+
+def _anew_s() -> float:
+    """Half of Ray's interval: what was not set within one is not passed on, and gone after two."""
+    return float(max(ray._config.metrics_report_interval_ms(), 1000)) / 2000
 
 
 def find(key: str) -> tuple[Series, dict[str, str]] | None:
@@ -104,7 +141,7 @@ class RaySink:
 
     def close(self, exit_code: int) -> None:
         """See MetricSink."""
-        del exit_code  # what is exported ends with its process
+        del exit_code  # what is exported ends with its exporter
 
 
 def run_id() -> str:
@@ -121,14 +158,14 @@ def resident_bytes() -> int:
 
 @contextmanager
 def active(config: RunConfig) -> Iterator[None]:
-    """Export that a command trains this run, or waits for what it needs; and the kind of failure that ends the body."""
-    exporter = Exporter("driver", config.name)
-    exporter.put("lm_run_active", 1)
-    try:
-        yield
-    except TrainingError as error:
-        if error.kind != Stopped.kind:
-            exporter.put("lm_failures_total", 1, kind=error.kind)
-        raise
-    finally:
-        exporter.put("lm_run_active", 0)
+    """Export that a command trains this run, or waits for its workers; and the kind of failure that ends the body."""
+    with Exporter("driver", config.name) as exporter:
+        exporter.put("lm_run_active", 1)
+        try:
+            yield
+        except TrainingError as error:
+            if error.kind != Stopped.kind:
+                exporter.put("lm_failures_total", 1, kind=error.kind)
+            raise
+        finally:
+            exporter.put("lm_run_active", 0)

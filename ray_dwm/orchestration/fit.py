@@ -21,7 +21,7 @@ from ray_dwm.orchestration.cluster import worker_environment
 from ray_dwm.orchestration.dwm_actor import create_actor
 from ray_dwm.orchestration.exporting import active
 from ray_dwm.orchestration.progress import Progress
-from ray_dwm.orchestration.watch import first_failure, last_words
+from ray_dwm.orchestration.watch import first_failure, is_beating, last_words
 
 Figures = Mapping[int, Mapping[str, float]]
 """Step -> what its line of metrics.jsonl says besides."""
@@ -73,13 +73,13 @@ def _fit_until(config: RunConfig, manifest: Manifest, until: int, figures: Figur
 def _ask_to_stop(config: RunConfig) -> None:
     """A stopped job, a deleted pod: the workers cannot take the signal, so they are asked by a file.
 
-    Where none of them runs, as while resources are waited for, nobody would answer.
+    Where none of them runs, as while nodes are waited for or after a kill, nobody would answer.
 
     Raises:
         KeyboardInterrupt: then, because Ray lets no other exception out of its waiting.
     """
     stop_path(config).touch()
-    if not running_path(config).exists():
+    if not (running_path(config).exists() and is_beating(config.run_dir)):
         raise KeyboardInterrupt
 
 

@@ -40,6 +40,8 @@ _ERRORS = (OSError, pa.ArrowException)
 
 Sign = tuple[int, int]
 """Size and time of the last change in ns."""
+_OTHER = (-1, 0)
+"""Of a file that is there, and not as it is here."""
 
 
 def prepare_mirror(config: RunConfig) -> None:
@@ -81,7 +83,8 @@ class Mirror:
         try:
             self.copy()
         except _ERRORS as failure:
-            say(self._folder, f"{self._config.mirror} lacks what was written last: {first_line(failure)}")
+            with suppress(OSError):
+                say(self._folder, f"{self._config.mirror} lacks what was written last: {first_line(failure)}")
 
     def copy(self) -> None:
         """Bring the mirror up to date.
@@ -127,28 +130,34 @@ class Mirror:
             del self._sent[path]
 
     def _there(self) -> dict[str, Sign]:
-        """What of the folder is there already: of the same size, and not older."""
-        now = _files(self._folder)
-        found = {path: info for path, info in _listing(self._store, self._root).items() if path in now}
-        same = {p for p, info in found.items() if info.size == now[p][0] and (info.mtime_ns or 0) >= now[p][1]}
-        return {path: now[path] if path in same else (-1, 0) for path in found}
+        """What of the folder is there already, of the same size and not older; and what is to be replaced or to go."""
+        now, listing = _files(self._folder), _listing(self._store, self._root)
+        # Those that the folder has not were pruned before a kill: they count as sent, so that they are dropped.
+        found = {path: info for path, info in listing.items() if path in now or path.startswith(_CHECKPOINTS)}
+        same = {
+            path
+            for path, info in found.items()
+            if path in now and info.size == now[path][0] and (info.mtime_ns or 0) >= now[path][1]
+        }
+        return {path: now[path] if path in same else _OTHER for path in found}
 
     def _watch(self) -> None:
         seen: list[Path] = []
         waited = 0.0
         while not self._stop.wait(_POLL_S):
             waited += _POLL_S
-            found = list_checkpoints(self._folder / "checkpoints")
-            if found == seen and waited < _LOG_S:
-                continue
-            waited = 0.0
             try:
+                found = list_checkpoints(self._folder / "checkpoints")
+                if found == seen and waited < _LOG_S:
+                    continue
+                waited = 0.0
                 self.copy()
                 seen, self._told = found, ""
             except Exception as error:  # as of a network that is away for a while: the next look may be better
                 before, self._told = self._told, f"{self._config.mirror} cannot be written: {first_line(error)}"
                 if self._told != before:
-                    note(self._folder, self._told)
+                    with suppress(OSError):  # it may be the folder that is away
+                        note(self._folder, self._told)
 
 
 def _restore(config: RunConfig) -> None:

@@ -13,12 +13,12 @@ from ray_dwm.errors import ResourceError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import (
     alive_nodes,
+    beside_actor,
     by_client,
-    fitting,
     free_resources,
     needed,
     preflight,
-    worker_bundle,
+    room_for_workers,
 )
 from ray_dwm.orchestration.doctor_probes import check_storage
 
@@ -72,14 +72,14 @@ def check_room(config: RunConfig) -> None:
     least, free = config.cluster.least_workers, list(free_resources().values())
     asked = {kind: amount for kind, amount in needed(config, least).items() if amount > 0}
     there = {kind: sum(node.get(kind, 0.0) for node in free) for kind in asked}
-    fit = fitting(free, worker_bundle(config))
+    fit = room_for_workers(config, free)
     if fit >= least and all(there[kind] >= amount for kind, amount in asked.items()):
         return
     wanted = ", ".join(f"{amount:g} {kind}s" for kind, amount in asked.items())
     found = ", ".join(f"{amount:g} {kind}s" for kind, amount in there.items())
     raise ResourceError(
-        f"the run needs {wanted}, of which {found} are free now, with room for {min(fit, least)} of {least} workers: "
-        "others hold the rest; wait for them, stop them, or raise cluster.free_within_s"
+        f"the run needs {wanted}, of which {found} are free now, with room for {min(fit, least)} of {least} workers"
+        f"{beside_actor(config)}: others hold the rest; wait for them, stop them, or raise cluster.free_within_s"
     )
 
 

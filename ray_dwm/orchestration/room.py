@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ray_dwm.config import RunConfig
-from ray_dwm.orchestration.cluster import actor_cpus, fitting, needed, worker_bundle
+from ray_dwm.orchestration.cluster import actor_bundle, fitting, less, needed, worker_bundle
 
 DRIVER = "train_driver"
 """A resource of nodes that are meant for drivers, as Kubernetes gives to the head: one for each trial at once."""
@@ -47,17 +47,12 @@ def _have_room(nodes: Sequence[Mapping[str, float]], run: RunConfig, trials: int
     Args:
         apart: drivers lie where they take nothing from the groups.
     """
-    bundle, learns = worker_bundle(run), run.learns_dwm
-    actor = {"CPU": actor_cpus(run) if learns else 0.0, "GPU": run.cluster.dwm_gpus if learns else 0.0}
+    bundle, actor = worker_bundle(run), actor_bundle(run)
     driver = 0.0 if apart else _SLIVER
     beside = {"CPU": trials * (actor["CPU"] + driver), "GPU": trials * actor["GPU"]}
     places = fitting([dict(node) for node in nodes], bundle)
     # At worst all of that lies on whichever node it costs most; and no part costs more places than it is large.
-    if_anywhere = places - fitting([_less(node, beside) for node in nodes], bundle)
+    if_anywhere = places - fitting([less(node, beside) for node in nodes], bundle)
     of_actor = max(math.ceil(actor[kind] / amount) for kind, amount in bundle.items() if amount > 0)
     lost = min(if_anywhere, trials * (of_actor + (0 if apart else 1)))
     return trials * run.cluster.most_workers <= places - lost
-
-
-def _less(node: Mapping[str, float], amounts: Mapping[str, float]) -> dict[str, float]:
-    return {kind: max(0.0, amount - amounts.get(kind, 0.0)) for kind, amount in node.items()}

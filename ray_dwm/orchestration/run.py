@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.checks import check_checkpoint, check_data, evaluation_sets
 from ray_dwm.engine.rundir import check, claim, read_summary
+from ray_dwm.engine.stopping import stopped_by_sigterm
 from ray_dwm.evaluation.taskfile import is_path
 from ray_dwm.logs import bind, say
 from ray_dwm.orchestration.cluster import connect
@@ -28,6 +30,7 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
 
     Raises:
         UserError: before anything was started.
+        Stopped: a SIGTERM came before it began.
         TrainingError: the run failed, or was stopped by a SIGTERM; the last checkpoint is intact.
     """
     manifest = check_data(config)
@@ -43,6 +46,21 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     check_checkpoint(config, manifest)
     overlaps = check_tasks(config)
     connect(config)
+    with ExitStack() as held:
+        with stopped_by_sigterm(f"[{config.name}] stopped before it began: the same command starts it"):
+            _await_place(config)
+            held.enter_context(claim(config))
+        held.enter_context(Mirror(config))
+        say(f"run folder {config.run_dir}", run=config.name)
+        bind(run=config.name)  # it stays where the run fails: what is said of that is of this run
+        with Evaluations(config, overlaps) as evaluations:
+            summary = train(config, manifest)
+            evaluations.finish()
+        bind(run=None)
+        return summary
+
+
+def _await_place(config: RunConfig) -> None:
     workers = await_resources(config)
     if workers < config.cluster.most_workers:
         say(
@@ -51,14 +69,6 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
             run=config.name,
         )
     prove_storage(config)
-    with claim(config), Mirror(config):
-        say(f"run folder {config.run_dir}", run=config.name)
-        bind(run=config.name)  # it stays where the run fails: what is said of that is of this run
-        with Evaluations(config, overlaps) as evaluations:
-            summary = train(config, manifest)
-            evaluations.finish()
-        bind(run=None)
-        return summary
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -52,8 +52,8 @@ def _gauge(name: str, unit: str, help: str, key: str = "", only: str = "", tags:
     return Series(name, "gauge", unit, help, key, tags=tags, only=only)
 
 
-def _counter(name: str, unit: str, help: str, key: str, tags: tuple[str, ...] = ()) -> Series:
-    return Series(name, "counter", unit, help, key, tags=tags)
+def _counter(name: str, unit: str, help: str, key: str, only: str = "", tags: tuple[str, ...] = ()) -> Series:
+    return Series(name, "counter", unit, help, key, tags=tags, only=only)
 
 
 SERIES = (
@@ -79,6 +79,7 @@ SERIES = (
         "s",
         "Time of rank 0 by phase; phase=data: waiting for data",
         "seconds/{phase}",
+        "",
         ("phase",),
     ),
     _counter("lm_checkpoint_seconds_total", "s", "For which checkpoints held up training", "checkpoint_seconds"),
@@ -86,11 +87,12 @@ SERIES = (
         "lm_checkpoint_timestamp_seconds", "Unix time", "Of the newest checkpoint; of the start where there is none"
     ),
     _gauge("lm_restarts", "starts", "Starts of the worker group on this run folder before this one"),
-    _gauge(
-        "lm_not_finite",
+    _counter(
+        "lm_not_finite_total",
         "figures",
-        "Figures of the last step that are NaN or infinite; they are not exported",
+        "Logged as NaN or infinite; they are not exported",
         "not_finite",
+        "runs with such",
     ),
     _gauge(
         "dwm_ess_fraction",
@@ -102,7 +104,7 @@ SERIES = (
     _gauge(
         "dwm_domain_weight",
         "1",
-        "Mean relative weight of a domain in the last batch; 1: uniform",
+        "Mean relative weight of a domain in the last batch that had it; 1: uniform",
         "weight/{domain}",
         "",
         ("domain",),

@@ -32,6 +32,7 @@ _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _CONFIGURED = ("train", "prepare_data", "doctor")
 """Jobs that take a run's configuration and nothing else: it is checked here, and names them."""
 _TIMEOUT_S = 10.0
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +104,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             files.append(argument)
         elif argument.startswith("--config="):
             files.append(argument.partition("=")[2])
-        elif not argument.startswith("-") and not (before.startswith("--") and "=" not in before):
-            if "=" in argument:
+        elif not argument.startswith("-"):
+            a_value = before.startswith("--") and "=" not in before  # it may be one; an option may also take none
+            if _OVERRIDE.match(argument) or ("=" in argument and not a_value):
                 overrides.append(argument)
-            elif argument.endswith((".yaml", ".yml")):
+            elif argument.endswith((".yaml", ".yml")) and not a_value:
                 files.append(argument)
         before = argument
     return files, overrides

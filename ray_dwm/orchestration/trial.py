@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import threading
-import time
 import typing
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,7 @@ from ray import tune
 
 from ray_dwm.config import RunConfig, build
 from ray_dwm.config.tune import UNIFORM, with_values
-from ray_dwm.data.records import LOCK, is_locked, read_metrics, write_whole
+from ray_dwm.data.records import LOCK, outlive, read_metrics, write_whole
 from ray_dwm.engine.clock import PHASES, overhead
 from ray_dwm.errors import DwmError
 from ray_dwm.orchestration.progress import last_line
@@ -28,6 +27,7 @@ from ray_dwm.orchestration.train import train
 
 _POLL_S = 1.0
 _FORMER_S = 60.0
+"""For so long, the driver of an earlier try may live on: it ends soon after whoever started it was killed."""
 _OWN = ("folder", "control")
 COMPLETE = "complete"
 """In the figures of a trial that was trained to its end."""
@@ -68,7 +68,7 @@ def run_trial(given: dict[str, Any], *, base: dict[str, Any], trials: Path, meas
     record = trials / f"{given['folder']}.json"
     try:
         config = trial_config(typing.cast(RunConfig, build(RunConfig, base)), given, trials)
-        _outlive(config.run_dir / LOCK)
+        outlive(config.run_dir / LOCK, _FORMER_S)
         with Curve(config, measure):
             summary = train(config)
     except Exception as error:
@@ -79,13 +79,6 @@ def run_trial(given: dict[str, Any], *, base: dict[str, Any], trials: Path, meas
     record.unlink(missing_ok=True)
     loss, cost = summary["final"][f"val/{measure}/loss"], summary["overhead_frac"]
     tune.report({"tokens": summary["tokens"], "loss": loss, "overhead": cost, COMPLETE: 1})
-
-
-def _outlive(lock: Path) -> None:
-    """Wait a while for the driver of an earlier try, which ends soon after whoever started it was killed."""
-    deadline = time.monotonic() + _FORMER_S
-    while is_locked(lock) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
 
 
 class Curve:

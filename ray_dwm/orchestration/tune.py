@@ -11,7 +11,6 @@ import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.config.experiment import grid
 from ray_dwm.config.tune import TuneConfig, probes, scale_config, values_of
 from ray_dwm.data.manifest import MANIFEST, Manifest
-from ray_dwm.data.records import LOCK, locked, write_whole
+from ray_dwm.data.records import alone_in, write_whole
 from ray_dwm.engine.checks import check_data, evaluation_sets
 from ray_dwm.engine.rundir import check as check_folder
 from ray_dwm.engine.stopping import on_sigterm
@@ -145,7 +144,7 @@ def tune(config: TuneConfig) -> Found:
         raise UserError(
             f"sweep folder {folder} cannot be made ({error.strerror}): choose another storage=..."
         ) from None
-    with locked(folder / LOCK, partial(_in_use, config)):
+    with alone_in(folder, "sweep"):
         write_whole(folder / "tune.yaml", yaml.safe_dump(values_of(config), sort_keys=False))
         base = plan.bases[config.first]
         study = open_study(config, base)
@@ -166,10 +165,6 @@ def tune(config: TuneConfig) -> Found:
     if failed:
         raise TrainingError(f"sweep {config.name}: {failed}; the report is {found.folder / 'report.md'}")
     return found
-
-
-def _in_use(config: TuneConfig) -> None:
-    raise UserError(f"sweep {config.folder} is in use by another process: wait for it, or choose another name=...")
 
 
 def concurrency(config: TuneConfig, runs: Sequence[RunConfig]) -> int:

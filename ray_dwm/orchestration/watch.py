@@ -31,6 +31,8 @@ from ray_dwm.orchestration.exporting import Exporter, resident_bytes
 from ray_dwm.orchestration.progress import last_line
 
 BEAT_S = 10.0
+_LOST_S = 3 * BEAT_S
+"""Without a beat for so long, a worker is gone."""
 
 _HINTS = (
     (r"CUDA out of memory", "lower train.micro_batch, or set parallel.activation_checkpointing or parallel.loss_chunk"),
@@ -188,6 +190,12 @@ def _newest(run_dir: Path) -> dict[int, Beat]:
             beats.append(Beat(**json.loads(path.read_text())))
     newest = max((beat.attempt for beat in beats), default=0)
     return {beat.rank: beat for beat in beats if beat.attempt == newest}
+
+
+def is_beating(run_dir: Path) -> bool:
+    """Whether rank 0 lives, by its beats: one that was killed takes away nothing that it has left."""
+    beat = _newest(run_dir).get(0)
+    return beat is not None and time.time() - beat.time_s < _LOST_S
 
 
 def _died(error: BaseException) -> bool:

@@ -46,13 +46,13 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     attempt = int(all_sum(torch.tensor(next_attempt(config.run_dir) if main else 0, device=device())))
     logs.setup(logs.style_of(config.tracking.logs, worker=True))
     logs.bind(run=config.name, attempt=attempt, rank=rank, step=0)
-    exporter = Exporter("worker", config.name, run_id(), str(rank))
-    if main:
-        running_path(config).touch()
-        exporter.put("lm_restarts", attempt - 1)
     try:
-        with Watch(config, attempt, rank, exporter) as watch:
-            _watched(config, watch, lambda: _run(config, loop_config["until"], loop_config["figures"], exporter))
+        with Exporter("worker", config.name, run_id(), str(rank)) as exporter:
+            if main:
+                running_path(config).touch()
+                exporter.put("lm_restarts", attempt - 1)
+            with Watch(config, attempt, rank, exporter) as watch:
+                _watched(config, watch, lambda: _run(config, loop_config["until"], loop_config["figures"], exporter))
     finally:
         if main:
             running_path(config).unlink(missing_ok=True)

@@ -28,6 +28,8 @@ PORTS = {
     "metrics": 8080,  # where KubeRay has Ray export them
     "dash-metrics": DASHBOARD_METRIC_PORT,
 }
+OPERATORS_LABELS = {"app.kubernetes.io/name", "app.kubernetes.io/created-by"}
+"""HeadServiceLabels of ray-operator/controllers/ray/common/service.go, v1.7.0; those of ray.io besides."""
 DOCKERFILE = (K8S / "Dockerfile").read_text()
 
 
@@ -75,8 +77,16 @@ def test_monitors_name_ports_that_the_pods_have() -> None:
         pod = "head" if labels["ray.io/node-type"] == "head" else "gpu"
         assert {end["port"] for end in monitor["spec"]["podMetricsEndpoints"]} <= ports[pod]
         template = dict(pods(job))[pod]
-        assert labels["app.kubernetes.io/name"] == template["metadata"]["labels"]["app.kubernetes.io/name"]
+        assert template["metadata"]["labels"].items() <= labels.items()
     assert len(monitors) == 2
+
+
+@pytest.mark.parametrize(("overlay", "manifest"), RAY)
+def test_no_pod_overrides_a_label_that_the_operators_services_select_by(overlay: str, manifest: Manifest) -> None:
+    for name, template in pods(manifest):
+        labels = template["metadata"]["labels"].keys()
+        taken = [label for label in labels if label.startswith("ray.io/") or label in OPERATORS_LABELS]
+        assert not taken, (overlay, name)
 
 
 @pytest.mark.parametrize(("overlay", "manifest"), RAY)

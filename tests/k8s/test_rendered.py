@@ -44,19 +44,27 @@ def test_kubectl_renders_the_same(overlay: str) -> None:
     assert now == documents(overlay), "the renderings are stale: `make k8s`"
 
 
-@pytest.mark.parametrize("overlay", ["cpu-kind", "gpu-1b3", "interactive"])
-def test_image_storage_and_secrets_are_all_that_a_site_changes(overlay: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overlay", "unused"), [("cpu-kind", {"claim"}), ("gpu-1b3", set[str]()), ("interactive", set[str]())]
+)
+def test_image_storage_and_secrets_are_all_that_a_site_changes(overlay: str, unused: set[str], tmp_path: Path) -> None:
     site = yaml.safe_load((K8S / "base/site.yaml").read_text())
     before, names = (RENDERED / f"{overlay}.yaml").read_text(), site["data"].items()
     shutil.copytree(K8S, tmp_path / "k8s")
     ours = {key: f"example/{key}:1" if key == "image" else f"our-{key}".replace("_", "-") for key, _ in names}
     (tmp_path / "k8s/base/site.yaml").write_text(yaml.safe_dump({**site, "data": ours}))
     expected = before
+    assert {key for key, name in names if name not in before} == unused, "nothing takes these from site.yaml"
     for key, name in names:
-        assert name in before, f"nothing takes {key} from site.yaml"
         expected = expected.replace(name, ours[key])
     after = rendered(tmp_path / "k8s/overlays" / overlay)
     assert list(yaml.safe_load_all(after)) == list(yaml.safe_load_all(expected))
+
+
+def test_no_overlay_makes_or_takes_away_the_claim_of_a_site() -> None:
+    site = yaml.safe_load((K8S / "base/site.yaml").read_text())["data"]["claim"]
+    made = {each["metadata"]["name"] for _, each in of_kind("PersistentVolumeClaim")}
+    assert made == {"ray-dwm-quickstart"} and site not in made
 
 
 @pytest.mark.parametrize(("overlay", "manifest"), RAY, ids=lambda each: each if isinstance(each, str) else each["kind"])

@@ -82,6 +82,8 @@ class Scraper:
         self._thread = threading.Thread(target=self._read, daemon=True)
         self.samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
         """Name -> labels -> the last value that was seen."""
+        self.seen: dict[str, float] = {}
+        """Name -> when any of its series was seen last."""
 
     def __enter__(self) -> Scraper:
         self._thread.start()
@@ -103,6 +105,7 @@ class Scraper:
                     if match := re.fullmatch(r"(ray_\w+)(?:\{(.*)\})? (\S+)", line):
                         labels = tuple(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
                         self.samples.setdefault(match[1], {})[labels] = float(match[3])
+                        self.seen[match[1]] = time.time()
 
 
 def _is_gcs(argument: str, port: str) -> bool:

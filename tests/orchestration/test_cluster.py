@@ -13,7 +13,14 @@ from synthetic import tiny_config
 from ray_dwm.config import load
 from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration import cluster
-from ray_dwm.orchestration.cluster import _cpus, fitting, needed, preflight, warn_if_temporary
+from ray_dwm.orchestration.cluster import (
+    _cpus,
+    fitting,
+    needed,
+    preflight,
+    room_for_workers,
+    warn_if_temporary,
+)
 
 
 def test_too_small_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
@@ -70,7 +77,16 @@ def test_a_cluster_that_takes_nobody(monkeypatch: pytest.MonkeyPatch, error: Exc
         (["cluster.dwm_gpus=0.5"], "the run needs 0.5 GPUs"),
         (["evaluation.tasks=t.jsonl", "evaluation.gpus=1"], "an evaluation of 0 CPUs and 1 GPUs fits no node"),
         (["evaluation.tasks=t.jsonl", "evaluation.cpus=6"], "an evaluation of 6 CPUs and 0 GPUs fits no node"),
+        (["cluster.dwm_cpus=8"], "the DWM actor of 8 CPUs and 0 GPUs fits no node of the cluster: lower cluster.dwm_"),
         (["cluster.cpus_per_worker=6"], "only 0 of 1 workers of 6 CPUs and 0 GPUs fit"),
+        (
+            ["cluster.workers=2", "cluster.cpus_per_worker=3", "cluster.dwm_cpus=3"],
+            "only 1 of 2 workers of 3 CPUs and 0 GPUs fit the cluster's nodes beside the DWM actor: lower",
+        ),
+        (
+            ["cluster.cpus_per_worker=6", "weighting.method=uniform"],
+            "only 0 of 1 workers of 6 CPUs and 0 GPUs fit the cluster's nodes: lower",
+        ),
     ],
 )
 def test_each_shortage_is_named(
@@ -111,6 +127,26 @@ def test_a_private_cluster_has_room_for_both_runs_of_a_comparison(shards: dict[s
 def test_a_worker_never_spans_two_nodes(bundle: dict[str, float], expected: int) -> None:
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}]
     assert fitting(nodes, bundle) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "expected"),
+    [
+        ([], [{"CPU": 2.0}] * 2, 3),
+        (["weighting.method=uniform"], [{"CPU": 2.0}] * 2, 4),
+        (["cluster.dwm_cpus=8"], [{"CPU": 4.0}] * 4, 0),
+        (["cluster.dwm_cpus=3"], [{"CPU": 2.0}, {"CPU": 4.0}], 3),
+        (["cluster.cpus_per_worker=2"], [{"CPU": 4.0}, {"CPU": 3.0}], 3),  # where it costs no worker its place
+        (["cluster.gpus_per_worker=1", "cluster.dwm_gpus=0.5"], [{"CPU": 9.0, "GPU": 4.0}, {"CPU": 9.0}], 3),
+        (["cluster.dwm_gpus=0.5"], [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 4.0}], 4),
+        (["cluster.workers=[1,3]"], [{"CPU": 2.0}] * 2, 4),
+    ],
+)
+def test_the_actor_has_a_node_first(
+    shards: dict[str, Path], tmp_path: Path, overrides: list[str], nodes: list[dict[str, float]], expected: int
+) -> None:
+    config = tiny_config(shards, tmp_path, "train.micro_batch=1", "cluster.workers=1", *overrides)
+    assert room_for_workers(config, nodes) == expected
 
 
 @pytest.mark.parametrize(

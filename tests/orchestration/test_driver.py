@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from orchestration.test_watch import BEAT, leave
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
@@ -53,23 +56,24 @@ def test_workers_see_no_gpu_that_they_did_not_ask_for(
 class Signalled:
     """In place of a TorchTrainer: the driver gets a SIGTERM while it waits."""
 
-    def __init__(self, config: RunConfig, workers_run: bool) -> None:
-        self.config, self.workers_run = config, workers_run
+    def __init__(self, config: RunConfig, beat_s: float | None) -> None:
+        self.config, self.beat_s = config, beat_s
 
     def fit(self) -> None:
         """Where workers run, they see the request and end the run."""
-        if self.workers_run:
+        if self.beat_s is not None:
             running_path(self.config).touch()
+            leave(self.config.run_dir, replace(BEAT, time_s=time.time() - self.beat_s))
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_BLOCK, [])  # Python runs the handler here
-        assert self.workers_run and stop_path(self.config).exists()
+        assert self.beat_s == 15 and stop_path(self.config).exists()
         record_failure(self.config, Stopped("a worker's word"))
 
 
 class Interrupted:
     """In place of a TorchTrainer: Ctrl-C."""
 
-    def __init__(self, config: RunConfig, workers_run: bool) -> None:
+    def __init__(self, config: RunConfig, beat_s: float | None) -> None:
         """Takes nothing from them."""
 
     def fit(self) -> None:
@@ -78,25 +82,26 @@ class Interrupted:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "workers_run", "kind", "told"),
+    ("trainer", "beat_s", "kind", "told"),
     [
-        (Signalled, True, TrainingError, "a worker's word"),
-        (Signalled, False, Stopped, "stopped while no worker ran: the same command continues"),
-        (Interrupted, False, KeyboardInterrupt, None),
+        (Signalled, 15, TrainingError, "a worker's word"),
+        (Signalled, 31, Stopped, "stopped while no worker ran: the same command continues"),  # rank 0 was killed
+        (Signalled, None, Stopped, "stopped while no worker ran: the same command continues"),
+        (Interrupted, None, KeyboardInterrupt, None),
     ],
 )
 def test_a_sigterm_is_answered_whether_workers_run_or_not(
     shards: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    trainer: Callable[[RunConfig, bool], Signalled],
-    workers_run: bool,
+    trainer: Callable[[RunConfig, float | None], Signalled],
+    beat_s: float | None,
     kind: type[BaseException],
     told: str | None,
 ) -> None:
     config = tiny_config(shards, tmp_path, "weighting.method=uniform")
     config.run_dir.mkdir(parents=True)
-    monkeypatch.setattr(fit, "_trainer", lambda config, until, figures: trainer(config, workers_run))
+    monkeypatch.setattr(fit, "_trainer", lambda config, until, figures: trainer(config, beat_s))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(kind, match=told):
         fit.fit(config, check_data(config))

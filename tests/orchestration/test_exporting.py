@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
+from orchestration.conftest import wait_for
 from synthetic import tiny_config
 
 from ray_dwm.errors import Collapsed, DwmError, NotFinite, ResourceError, Stopped, TrainingError
@@ -61,7 +65,7 @@ def test_a_line_is_exported_with_what_is_derived_from_it(shards: dict[str, Path]
         )
     assert exporter.values["lm_tokens_total",] == [128, 128]
     assert exporter.values["dwm_ess_fraction",] == [0.5, 0.5]  # (4.5 - 1) / (8 - 1)
-    assert exporter.values["lm_not_finite",] == [0, 1, 1]
+    assert exporter.values["lm_not_finite_total",] == [0, 1, 1]
     assert exporter.values["dwm_actor_queue",] == [3, 3, 3]
     assert exporter.values["lm_eval_loss", "target"] == [4.0]
     assert exporter.values["lm_phase_seconds_total", "data"] == [0.25, 0.25]
@@ -77,8 +81,13 @@ def test_age_of_a_checkpoint_survives_a_restart(shards: dict[str, Path], tmp_pat
     assert exporter.values["lm_checkpoint_timestamp_seconds",] == [folder.stat().st_mtime]
 
 
-def test_what_is_not_finite_and_counters_without_growth_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[str, float, dict[str, str]]] = []
+Taken = list[tuple[str, float, dict[str, str]]]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    """Name, value and tags of all that Ray is given."""
+    found: Taken = []
 
     class Metric:
         def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
@@ -86,7 +95,7 @@ def test_what_is_not_finite_and_counters_without_growth_are_left_out(monkeypatch
 
         def take(self, value: float, tags: dict[str, str]) -> None:
             assert tags.keys() == set(self._keys)
-            taken.append((self._name, value, tags))
+            found.append((self._name, value, tags))
 
     class Gauge(Metric):
         set = Metric.take
@@ -96,6 +105,39 @@ def test_what_is_not_finite_and_counters_without_growth_are_left_out(monkeypatch
 
     monkeypatch.setattr(exporting, "Gauge", Gauge)
     monkeypatch.setattr(exporting, "Counter", Counter)
+    return found
+
+
+def test_a_gauge_is_set_anew_until_the_end(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_anew_s", lambda: 0.01)
+    with exporting.Exporter("rank 0", "mine", "id", "0") as exporter:
+        exporter.put("lm_tokens_total", 128)
+        for value in (3.0, 2.0):
+            exporter.put("lm_eval_loss", value, set="target")
+        exporter.put("lm_eval_loss", 5.0, set="more")
+        exporter.put("lm_loss", 1.0)
+        exporter.put("lm_loss", math.nan)
+        said = len(taken)
+        wait_for(lambda: len(taken) > said + 4, "the gauges once more")
+    ended = list(taken)
+    assert {(name, value, tags.get("set")) for name, value, tags in ended[said:]} == {
+        ("lm_eval_loss", 2.0, "target"),
+        ("lm_eval_loss", 5.0, "more"),
+    }
+    time.sleep(0.05)
+    assert taken == ended
+
+
+@pytest.mark.parametrize(("interval_ms", "expected"), [(10000, 5.0), (1000, 0.5), (100, 0.5)])
+def test_ray_has_passed_on_nothing_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, interval_ms: int, expected: float
+) -> None:
+    """It does so once a second at most."""
+    monkeypatch.setattr(ray, "_config", SimpleNamespace(metrics_report_interval_ms=lambda: interval_ms))
+    assert exporting._anew_s() == expected
+
+
+def test_what_is_not_finite_and_counters_without_growth_are_left_out(taken: Taken) -> None:
     exporter = exporting.Exporter("rank 0", "mine", "id", "0")
     for value in (1.5, math.nan, math.inf):
         exporter.put("lm_loss", value)

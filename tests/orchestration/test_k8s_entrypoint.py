@@ -1,6 +1,7 @@
 """The entrypoint of the cpu-kind overlay as a job on a cluster of three nodes with the pods' resources.
 
-KubeRay submits it so: `ray job submit` by token, no working folder, the raylets' own folder being the source tree.
+KubeRay submits it so, but for the token, which no cluster of the tests asks for: `ray job submit`, no working folder,
+the raylets' own folder being the source tree.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,20 @@ def test_what_is_pruned_or_rolled_back_goes_there_too(config: RunConfig) -> None
     assert content(copied(config)) == without_passing(content(config.run_dir))
 
 
+def test_what_was_pruned_before_a_kill_goes_there_at_the_next_start(config: RunConfig) -> None:
+    with Mirror(config):
+        pass
+    shutil.rmtree(config.run_dir / "checkpoints/step_000000010")
+    save(config, 30)
+    for name in ("checkpoints/step_000000005/__0_0.distcp", "evaluation.json"):  # a kill while it was sent; another's
+        (copied(config) / name).parent.mkdir(exist_ok=True)
+        (copied(config) / name).write_text(name)
+    with Mirror(config):
+        pass
+    before = without_passing(content(config.run_dir))
+    assert content(copied(config)) == {**before, "evaluation.json": "evaluation.json"}
+
+
 @pytest.mark.parametrize("broken", ["__1_0.distcp", "metrics.jsonl"])
 def test_a_checkpoint_without_its_parts_or_its_log_is_none(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, broken: str
@@ -169,6 +185,27 @@ def test_a_failing_mirror_is_said_once_and_tried_again(config: RunConfig, monkey
         assert kept._thread.is_alive()
     told = (config.run_dir / "messages.log").read_text()
     assert told == f"[x] {config.mirror} cannot be written: slow down\n"
+    assert without_passing(content(config.run_dir)) == content(copied(config))
+
+
+def test_a_folder_that_is_away_for_a_while_ends_nothing(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "_POLL_S", 0.01)
+    failed: list[object] = []
+
+    def away(*arguments: object) -> None:
+        failed.append(arguments)
+        raise OSError("stale file handle")
+
+    def away_at_first(folder: Path) -> list[Path]:
+        if len(failed) < 6 and threading.current_thread() is not threading.main_thread():
+            away(folder)
+        return list_checkpoints(folder)
+
+    monkeypatch.setattr(mirror, "list_checkpoints", away_at_first)
+    monkeypatch.setattr(mirror, "note", away)
+    with Mirror(config):
+        wait_for((copied(config) / "summary.json").exists, "a copy that succeeds")
+    assert len(failed) >= 6
     assert without_passing(content(config.run_dir)) == content(copied(config))
 
 

@@ -53,7 +53,8 @@ NEEDS_4 = ("train.micro_batch=1", "cluster.workers=2")
             [4],
             [3],
             100,
-            "^after 100 s, the run needs 4 CPUs, of which 3 CPUs are free now, with room for 2 of 2 workers: others ",
+            "^after 100 s, the run needs 4 CPUs, of which 3 CPUs are free now, with room for 2 of 2 workers beside "
+            "the DWM actor: others ",
         ),
     ],
 )
@@ -102,8 +103,11 @@ def test_a_run_that_fits_in_sum_but_on_no_node_waits(
     monkeypatch.setattr(placement, "free_resources", lambda: {"a": {"CPU": 2.0}, "b": {"CPU": 2.0}, "c": {"CPU": 1.0}})
     placement.check_room(tiny_config(shards, tmp_path, *NEEDS_4))
     config = tiny_config(shards, tmp_path, "train.micro_batch=1", "cluster.workers=1", "cluster.cpus_per_worker=2.5")
-    with pytest.raises(ResourceError, match="room for 0 of 1 workers"):
+    with pytest.raises(ResourceError, match="room for 0 of 1 workers beside the DWM actor: others"):
         placement.check_room(config)
+    large = tiny_config(shards, tmp_path, "cluster.workers=1", "cluster.dwm_cpus=3")
+    with pytest.raises(ResourceError, match="needs 5 CPUs, of which 5 CPUs are free now, with room for 0 of 1 workers"):
+        placement.check_room(large)
 
 
 @pytest.mark.parametrize(("nodes", "client"), [(1, False), (3, False), (1, True)])

@@ -129,6 +129,9 @@ def test_a_cluster_that_does_not_take_the_job(tree: Path, status: int, version: 
         (["--config", "a.yaml", "train.steps=3", "--config=b.yml"], ["a.yaml", "b.yml"], ["train.steps=3"]),
         (["grid.yaml", "--parallel", "2", "storage=/x.yaml"], ["grid.yaml"], ["storage=/x.yaml"]),
         (["--output", "x.yaml", "--json=y.yaml", "run"], [], []),
+        (["--json", "name=x", "storage=/s"], [], ["name=x", "storage=/s"]),
+        (["--json", "data.held_out.my-set=/a=b.yaml", "-q", "x=1"], [], ["data.held_out.my-set=/a=b.yaml", "x=1"]),
+        (["--output", "runs/lr=1/x", "--guard=no=1", "/x=1"], [], ["/x=1"]),
     ],
 )
 def test_files_and_overrides_are_told_apart(arguments: list[str], files: list[str], overrides: list[str]) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.models.folders import load_dwm
 from ray_dwm.orchestration.series import RANK, RAY_SERIES, SERIES
 from ray_dwm.orchestration.submit import Request, submit
@@ -84,6 +85,12 @@ def test_what_is_served_is_what_is_written_down(scraped: tuple[RunConfig, Scrape
     (loss,) = scraper.samples["ray_lm_loss"].values()
     # The exporter may look between two gauges of a line.
     assert loss in {lines[s]["loss"] for s in (step - 1, step, step + 1) if "loss" in lines.get(s, {})}
+
+
+def test_a_gauge_that_is_set_once_is_served_to_the_end(scraped: tuple[RunConfig, Scraper]) -> None:
+    config, scraper = scraped
+    step_50, _ = list_checkpoints(config.run_dir / "checkpoints")
+    assert scraper.seen["ray_lm_restarts"] > step_50.stat().st_mtime
 
 
 def test_run_folder_holds_what_users_rely_on(undisturbed: RunConfig) -> None:
@@ -215,7 +222,7 @@ def test_a_run_that_others_keep_waiting_writes_nothing(
     finally:
         holder.kill()
         holder.wait()
-    assert "s, the run needs 4 CPUs, of which 1 CPUs are free now, with room for 1 of 2 workers" in last
+    assert "s, the run needs 4 CPUs, of which 1 CPUs are free now, with room for 0 of 2 workers" in last
     assert not (tmp_path / "runs").exists()
 
 

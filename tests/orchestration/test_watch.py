@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_a_damaged_beat_is_passed_over(tmp_path: Path) -> None:
 )
 def test_hints(error: str, expected: str) -> None:
     assert expected in hint(error)
+
+
+@pytest.mark.parametrize(
+    ("beats", "expected"),
+    [
+        ([], False),
+        ([(0, 2, 15)], True),
+        ([(0, 2, 31), (1, 2, 5)], False),
+        ([(0, 1, 5), (1, 2, 5)], False),  # of the attempt before
+    ],
+)
+def test_rank_0_lives_by_its_beats(tmp_path: Path, beats: list[tuple[int, int, float]], expected: bool) -> None:
+    now = time.time()
+    leave(tmp_path, *(replace(BEAT, rank=rank, attempt=attempt, time_s=now - ago) for rank, attempt, ago in beats))
+    assert watch.is_beating(tmp_path) is expected
 
 
 def test_attempts_are_counted_over_commands(tmp_path: Path) -> None:
