@@ -74,7 +74,8 @@ class DwmConfig:
     look_ahead: bool = False
     """Weigh the next batch beside the LM's step, on a GPU on a stream of its own; delay_steps must be at least 1."""
     min_ess_fraction: float = 0.05
-    """The run stops where (ESS - 1) / (B - 1) falls below this: the weights have collapsed."""
+    """The run stops where (ESS - 1) / (B - 1) is below this in more than ten steps in a row: the weights have
+    collapsed."""
     min_entropy: float = 0.8
     """A warning is printed where the weights' entropy over log B falls below this."""
 

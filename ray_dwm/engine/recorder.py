@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -23,6 +24,31 @@ from ray_dwm.engine.step import StepResult
 from ray_dwm.engine.upper import UpperLevel
 from ray_dwm.errors import Collapsed
 
+_FEW_STEPS = 10
+"""In a row, in which the weights may be as uneven as can be: one batch may hold a sequence that is like no other."""
+
+
+class CollapseGuard:
+    """Stops a run whose weights stay on a few sequences."""
+
+    def __init__(self, floor: float) -> None:
+        """From which part of the ESS's range on all is well."""
+        self._floor, self._low = floor, 0
+
+    def look(self, step: int, ess_fraction: float) -> None:
+        """See a step's (ESS - 1) / (B - 1).
+
+        Raises:
+            Collapsed: it is NaN, or has been too low for too long.
+        """
+        self._low = 0 if ess_fraction >= self._floor else self._low + 1
+        if math.isnan(ess_fraction) or self._low > _FEW_STEPS:
+            raise Collapsed(
+                f"the weights have collapsed: at step {step} ESS is at {ess_fraction:.3f} of its range, below "
+                f"dwm.min_ess_fraction = {self._floor} for {self._low} steps: raise bilevel.kl, dwm.floor or "
+                "dwm.temperature; the last checkpoint is intact"
+            )
+
 
 class Recorder:
     """The figures of one attempt. All ranks make them together, rank 0 writes them down."""
@@ -34,6 +60,7 @@ class Recorder:
         self._gpu = recognise(torch.cuda.get_device_name()) if parts.device.type == "cuda" else None
         self._main = is_main()
         self._alarmed = False
+        self._guard = CollapseGuard(self._config.dwm.min_ess_fraction)
         self.held_up = Stopwatch()
         """How long checkpoints have held up training since the last line."""
         self._sinks: list[MetricSink] = list(parts.sinks) if self._main else []
@@ -116,7 +143,7 @@ class Recorder:
         weights_B, size = result.weights_B, self._config.train.global_batch
         ess = float(effective_sample_size(weights_B))
         if self._config.weighting.method == "dwm":
-            self._guard(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
+            self._guard.look(step, (ess - 1) / (size - 1) if size > 1 else 1.0)
             self._alarm(step, float(normalised_entropy(weights_B)))
         keys_B2 = all_gather_rows(torch.stack([batch.sample_ids, batch.domains], dim=1).to(self._parts.device))
         losses_B = all_gather_rows(result.losses_b)[:size]
@@ -148,12 +175,3 @@ class Recorder:
                     f"warning: at step {step} the weights' entropy is {entropy:.3f} of log B, below dwm.min_entropy = "
                     f"{self._config.dwm.min_entropy:g}: raise bilevel.kl or dwm.temperature",
                 )
-
-    def _guard(self, step: int, ess_fraction: float) -> None:
-        floor = self._config.dwm.min_ess_fraction
-        if not ess_fraction >= floor:  # so that NaN counts as a collapse
-            raise Collapsed(
-                f"the weights have collapsed at step {step}: ESS is at {ess_fraction:.3f} of its range, below "
-                f"dwm.min_ess_fraction = {floor}: raise bilevel.kl, dwm.floor or dwm.temperature; the last checkpoint "
-                "is intact"
-            )

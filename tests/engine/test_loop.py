@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from ray_dwm.data.shards import open_shards
 from ray_dwm.engine.batch import take_share
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.metrics import MetricSink
+from ray_dwm.engine.recorder import CollapseGuard
 from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.engine.setup import build
-from ray_dwm.errors import ConfigError, TrainingError
+from ray_dwm.errors import Collapsed, ConfigError, TrainingError
 from ray_dwm.models.presets import flops_per_token
 
 
@@ -56,7 +58,25 @@ def test_a_diverging_run_stops_before_the_optimizer_moves(shards: dict[str, Path
 def test_collapsed_weights_stop_the_run(shards: dict[str, Path], tmp_path: Path) -> None:
     options = ["dwm.lr=1", "bilevel.kl=0", "bilevel.every=1", "train.steps=60", "dwm.min_ess_fraction=0.6"]
     message = run(1, tmp_path / "p", message_of, tiny_config(shards, tmp_path, *options))
-    assert "the weights have collapsed at step" in message and "raise bilevel.kl" in message
+    assert "the weights have collapsed: at step" in message and "raise bilevel.kl" in message
+
+
+@pytest.mark.parametrize(
+    ("fractions", "stops"),
+    [
+        ([0.01] * 10 + [0.5] + [0.01] * 10, False),
+        ([0.05] * 30, False),
+        ([0.5] + [0.01] * 11, True),
+        ([0.5, float("nan")], True),
+    ],
+)
+def test_weights_have_collapsed_where_they_stay_on_a_few_sequences(fractions: list[float], stops: bool) -> None:
+    guard = CollapseGuard(0.05)
+    *before, last = enumerate(fractions, start=1)
+    for step, fraction in before:
+        guard.look(step, fraction)
+    with pytest.raises(Collapsed, match=f"at step {len(fractions)} ") if stops else nullcontext():
+        guard.look(*last)
 
 
 def fitted(config: RunConfig) -> list[dict[str, float]]:
