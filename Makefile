@@ -43,7 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bilevel.py
 	$(BIN)/python benchmarks/memory_model.py
 
-# Resumes; hours on two cores. The table is runs/selection/leaderboard.md.
+# Resumes; hours on two cores. The table is runs/main/leaderboard.md.
 selection-table: $(STAMP)
 	$(BIN)/ray-dwm experiment configs/experiments/main.yaml --parallel 2
 

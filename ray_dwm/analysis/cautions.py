@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -238,12 +239,14 @@ def of_grid(grid: Grid) -> list[tuple[str, Caution]]:
 
 
 def _merged(of_seeds: Sequence[Sequence[Caution]]) -> list[Caution]:
-    """One for each title, the first that has it standing for all."""
-    by_title: dict[str, list[Caution]] = {}
+    """The first of each title, the second, and so on: the first seed that has it stands for all."""
+    same: dict[tuple[str, int], list[Caution]] = {}
     for cautions in of_seeds:
-        for title, one in {one.title: one for one in reversed(cautions)}.items():
-            by_title.setdefault(title, []).append(one)
+        seen: Counter[str] = Counter()
+        for one in cautions:
+            same.setdefault((one.title, seen[one.title]), []).append(one)
+            seen[one.title] += 1
     return [
         Caution(title, f"in {len(having)} of {len(of_seeds)} seeds; {having[0].found}", having[0].rule)
-        for title, having in by_title.items()
+        for (title, _), having in same.items()
     ]

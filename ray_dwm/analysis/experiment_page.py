@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
@@ -11,6 +12,7 @@ from ray_dwm.analysis import figures
 from ray_dwm.analysis.cautions import Caution, grouped
 from ray_dwm.analysis.data_card import data_card, records_of_stages
 from ray_dwm.analysis.grid import Grid, Outcome
+from ray_dwm.analysis.leaderboard import comparable
 from ray_dwm.analysis.results import task_table
 from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.settings import settings_table
@@ -76,7 +78,8 @@ def _losses(grid: Grid, size: str, name: str, over: str) -> str:
     """The methods' mean loss of a set over training with 95 % intervals, without the first point, before training."""
     experiment, lines = grid.experiment, []
     for method in experiment.methods:
-        curves = [o.curve(name) for o in grid.of(size, method).values() if name in o.finals]
+        done = [outcome for outcome in grid.of(size, method).values() if name in comparable(grid, size, [outcome])]
+        curves = [outcome.curve(name) for outcome in done]
         points = min((len(curve.losses) for curve in curves), default=0)
         if points < 2:
             continue
@@ -109,20 +112,28 @@ def _preferences(grid: Grid, size: str, method: str) -> str | None:
     lines = []
     for key in dict.fromkeys(key for run in runs for key in run.keys("weight/")):
         series = [run.series(key) for run in runs]
-        points = min(len(x) for x, _ in series)
-        if not points:
+        width = max(max(run.summary["tokens"] for run in runs) / _POINTS, 1.0)
+        binned = [_binned(x, y, width) for x, y in series]  # a domain is not in every batch
+        bins = sorted(set.intersection(*(set(of) for of in binned)))
+        if not bins:
             continue
-        width = max(1, points // _POINTS)
-        starts = range(0, points - width + 1, width)
         lines.append(
             figures.Line(
                 label=key.removeprefix("weight/"),
                 kind="",
-                x=[fmean(series[0][0][start : start + width]) for start in starts],
-                y=[interval([fmean(y[start : start + width]) for _, y in series]) for start in starts],
+                x=[(place + 0.5) * width for place in bins],
+                y=[interval([of[place] for of in binned]) for place in bins],
             )
         )
     return figures.curves(lines, "tokens", "mean weight (1 = uniform)") if lines else None
+
+
+def _binned(x: Sequence[float], y: Sequence[float], width: float) -> dict[int, float]:
+    """Mean of the values in each interval of that width, by its number."""
+    values: dict[int, list[float]] = {}
+    for at, value in zip(x, y, strict=True):
+        values.setdefault(math.ceil(at / width) - 1, []).append(value)
+    return {place: fmean(of) for place, of in values.items()}
 
 
 def _health(grid: Grid, sizes: Sequence[str]) -> Table | None:

@@ -47,7 +47,7 @@ class Board:
     """Evaluation sets, the one that decides first."""
     rows: tuple[Row, ...]
     pairs: tuple[Comparison, ...]
-    """Against others than the baseline."""
+    """Those that methods declare (`against`)."""
     verdict: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -67,7 +67,7 @@ def build_board(grid: Grid) -> Board:
         comparison
         for size, method in found
         for other in experiment.methods[method].against
-        if other != experiment.baseline and (comparison := compare(grid, size, method, other)) is not None
+        if (comparison := compare(grid, size, method, other)) is not None
     ]
     pairs = [one for size in experiment.sizes for one in corrected([pair for pair in pairs if pair.size == size])]
     done = [row for row in rows if row.seeds]
@@ -99,7 +99,7 @@ def _row(grid: Grid, size: str, method: str, versus: Comparison | None) -> Row:
         kind="null" if experiment.methods[method].is_null else kind,
         seeds=tuple(outcomes),
         failed=sum((c.size, c.method) == (size, method) and grid.state(c).startswith("failed") for c in grid.cells),
-        losses={name: interval([one.finals[name] for one in done]) for name in _comparable(grid, done)},
+        losses={name: interval([one.finals[name] for one in done]) for name in comparable(grid, size, done)},
         needed_s=_mean([one.needed_s for one in done]),
         selecting_s=_mean([one.selecting_s for one in done]),
         training_s=_mean([one.training_s for one in done]),
@@ -112,12 +112,10 @@ def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else 0.0
 
 
-def _comparable(grid: Grid, done: Sequence[Outcome]) -> list[str]:
+def comparable(grid: Grid, size: str, done: Sequence[Outcome]) -> list[str]:
     """Sets that all of them have, and that are the baseline's (or, until it is done, the first cell's) of that name."""
-    baseline = grid.experiment.baseline
-    model = next(
-        (o for cell, o in grid.outcomes.items() if cell.method == baseline), next(iter(grid.outcomes.values()), None)
-    )
+    baseline, of_size = grid.experiment.baseline, {c: o for c, o in grid.outcomes.items() if c.size == size}
+    model = next((o for cell, o in of_size.items() if cell.method == baseline), next(iter(of_size.values()), None))
     if model is None or not done:
         return []
     shared = set.intersection(*({n for n in o.finals if o.digests.get(n) == model.digests.get(n)} for o in done))
@@ -162,25 +160,37 @@ def _on_rows(grid: Grid, rows: Sequence[Row]) -> list[str]:
             continue
         where, gap = _place(grid, row.size), signed(row.versus.at_tokens.interval)
         if row.kind == "null":
-            lines.append(f"{where}null control {row.label}: {_on_null(row.versus)} of {baseline}, {gap}")
-        else:
-            lines.append(f"{where}{row.label} against {baseline}: {_told(row.versus)}")
+            lines.append(f"{where}null control {row.label}: {_on_null(row.versus)} {baseline}, {gap}")
+        elif grid.experiment.baseline not in grid.experiment.methods[row.method].against:
+            lines.append(f"{where}{row.label} against {baseline}: {_told(grid, row.versus)}")
     return lines
 
 
 def _on_null(versus: Comparison) -> str:
     found = versus.at_tokens.interval
     if found.low is None:
-        return "one seed, no interval to say whether within noise"
-    return "NOT within noise" if found.excludes(0.0) else "within noise"
+        return "one seed, no interval to tell it from"
+    return "DIFFERS from" if found.excludes(0.0) else "not told apart from"
 
 
-def _told(one: Comparison) -> str:
+def _told(grid: Grid, one: Comparison) -> str:
+    at_wall = "beside other runs" if shared_machine(grid) else decided(one.at_wall, one.p_wall)
     return (
         f"{decided(one.at_tokens, one.p_tokens)} at equal tokens, {signed(one.at_tokens.interval)}; "
-        f"{decided(one.at_wall, one.p_wall)} at equal wall-clock, {signed(one.at_wall.interval)}; "
-        f"{_arrival(one)}"
+        f"{at_wall} at equal wall-clock, {signed(one.at_wall.interval)}; "
+        f"{_arrival(one)}{_without(grid, one)}"
     )
+
+
+def shared_machine(grid: Grid) -> bool:
+    """Whether cells ran at the same time, so that wall-clock is also who ran beside whom."""
+    return any(record.get("at_once", 1) > 1 for record in grid.records.values())
+
+
+def _without(grid: Grid, one: Comparison) -> str:
+    cells = [Cell(one.size, method, seed) for method in (one.method, one.other) for seed in grid.experiment.seeds]
+    failed = [cell for cell in cells if cell in grid.cells and grid.state(cell).startswith("failed")]
+    return f"; WITHOUT what failed: {', '.join(cell.path for cell in failed)}" if failed else ""
 
 
 def _arrival(one: Comparison) -> str:
@@ -191,7 +201,7 @@ def _arrival(one: Comparison) -> str:
 
 def _on_pairs(grid: Grid, pairs: Sequence[Comparison]) -> list[str]:
     label = grid.experiment.label
-    return [f"{_place(grid, p.size)}{label(p.method)} against {label(p.other)}: {_told(p)}" for p in pairs]
+    return [f"{_place(grid, p.size)}{label(p.method)} against {label(p.other)}: {_told(grid, p)}" for p in pairs]
 
 
 def _on_repeats(grid: Grid) -> list[str]:
@@ -205,7 +215,7 @@ def _on_repeats(grid: Grid) -> list[str]:
 
 
 def difference(one: Outcome, other: Outcome) -> str:
-    """Where two runs first differ in anything but time; empty where they are identical, bit for bit."""
+    """Where two runs first differ in losses or any metric but times; empty where they do nowhere, to the last bit."""
     if one.finals != other.finals:
         return "in final losses"
     for a, b in zip(one.run.metrics, other.run.metrics, strict=False):
@@ -227,8 +237,14 @@ def _notes(grid: Grid, rows: Sequence[Row]) -> list[str]:
     elif 2 <= most <= 5:
         least = 2 / 2**most
         notes.append(f"{most} seeds: the exact sign-flip test, which assumes least, cannot give a p below {least:.3g}.")
-    if any(record.get("at_once", 1) > 1 for record in grid.records.values()):
-        notes.append("Some cells ran beside others (--parallel): their wall-clock is that of a shared cluster.")
+    if shared_machine(grid):
+        notes.append(
+            "Cells ran beside others (--parallel): wall-clock is also who ran beside whom, and decides nothing here. "
+            "overhead is measured within a run."
+        )
+    commits = {str(record["versions"].get("commit", "")) for record in grid.records.values() if "versions" in record}
+    if len(commits) > 1:
+        notes.append(f"Cells ran with different code: {', '.join(sorted(commits))}.")
     devices = sorted({device for record in grid.records.values() for device in record.get("devices", [])})
     if len(devices) > 1:
         notes.append(f"Cells ran on different devices ({'; '.join(devices)}): wall-clock does not compare.")

@@ -194,7 +194,8 @@ def preferences(run: Run, asked: Asked, sweep: Sweep) -> dict[str, Any]:
     """
     batches, taken = take_sample(run, asked)
     study = _Study(run, asked, sweep)
-    numbers = relations(taken, study.features(taken), study.groups(taken), _chance(asked, _RESAMPLE))
+    chance, alike = _chance(asked, _RESAMPLE), _alike(run, batches)
+    numbers = relations(taken, study.features(taken), study.groups(taken), chance, alike)
     numbers["probe"] = study.probed(taken)
     steps = np.bincount(taken.phases_S, minlength=len(taken.spans)).tolist()
     found = extremes(batches, taken.spans, Texts(run.config.data.train))
@@ -209,3 +210,10 @@ def preferences(run: Run, asked: Asked, sweep: Sweep) -> dict[str, Any]:
         **numbers,
         "left_out": study.left_out,
     }
+
+
+def _alike(run: Run, batches: Batches) -> int:
+    """Recorded steps that one DWM version weighs on the mean; 1 of a baseline."""
+    recorded = set(batches.steps_S.tolist())
+    versions = [v for step, v in zip(*run.series("dwm/version", over="step"), strict=True) if step in recorded]
+    return -(-len(versions) // len(set(versions))) if versions else 1

@@ -164,17 +164,17 @@ def joint(log_weights_nR: Floats, draws_RbB: NDArray[np.int64]) -> Joint:
 def stability(log_weights_PnR: Floats, resamples: int, rng: np.random.Generator) -> Matrix:
     """Spearman's correlation of the sequences' mean log weights between phases.
 
-    On the diagonal between the even and the odd draws of one phase: what can be reached at most. NaN where a phase
-    weighs all alike. The bootstrap resamples sequences with the ranks that they have.
+    Always between the even draws of one and the odd draws of the other, mean of both ways: the same draws would have
+    the same company, which is no property of a sequence. On the diagonal stands what two phases of one DWM would reach.
+    NaN where a phase weighs all alike. The bootstrap resamples sequences with the ranks that they have.
     """
     phases, n, _ = log_weights_PnR.shape
-    halves = (log_weights_PnR[:, :, 0::2].mean(axis=2), log_weights_PnR[:, :, 1::2].mean(axis=2))
-    ranks_Pn, even_Pn, odd_Pn = (ranks(values_Pn) for values_Pn in (log_weights_PnR.mean(axis=2), *halves))
+    even_Pn, odd_Pn = (ranks(log_weights_PnR[:, :, first::2].mean(axis=2)) for first in (0, 1))
     drawn_Rn = rng.integers(n, size=(resamples, n))
     matrix = Matrix.empty(phases)
     for a in range(phases):
         for b in range(a, phases):
-            left_n, right_n = (even_Pn[a], odd_Pn[a]) if a == b else (ranks_Pn[a], ranks_Pn[b])
-            rho_R = correlation(left_n[drawn_Rn], right_n[drawn_Rn])
-            matrix.put(a, b, float(correlation(left_n, right_n)), rho_R)
+            ways = ((even_Pn[a], odd_Pn[b]), (even_Pn[b], odd_Pn[a]))
+            rho_R = np.mean([correlation(left_n[drawn_Rn], right_n[drawn_Rn]) for left_n, right_n in ways], axis=0)
+            matrix.put(a, b, float(np.mean([correlation(left_n, right_n) for left_n, right_n in ways])), rho_R)
     return matrix

@@ -96,12 +96,12 @@ def _p(value: float | None) -> str:
 def legend(grid: Grid) -> str:
     """What the columns mean."""
     experiment = grid.experiment
-    seeds = ", ".join(map(str, experiment.seeds))
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in grid.outcomes})))
     return (
         f"Losses in nats per token over whole sets, mean ± half of the 95 % interval over seeds {seeds}; "
         f"{experiment.measure} decides. At equal tokens, at equal wall-clock: its loss minus that of the one it is "
         f"compared with (in the leaderboard {experiment.label(experiment.baseline)}), within seeds, with 95 % interval "
-        "and p of the paired t test, corrected by Holm for the methods of a size. Tokens, wall-clock: what it took to "
+        "and p of the paired t test, corrected by Holm for the methods of a table. Tokens, wall-clock: what it took to "
         "get to the other's last loss, as a part of what the other took. Wall-clock is training, selecting with its "
         "proxy LMs, and the runs that were needed."
     )

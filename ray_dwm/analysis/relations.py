@@ -71,13 +71,18 @@ def by_name(names: tuple[str, ...], phases: list[str], found: list[list[Estimate
 
 
 def relations(
-    sample: Sample, features: Mapping[str, Floats], groups: Mapping[str, Groups], rng: np.random.Generator
+    sample: Sample,
+    features: Mapping[str, Floats],
+    groups: Mapping[str, Groups],
+    rng: np.random.Generator,
+    alike: int = 1,
 ) -> dict[str, Any]:
     """All that is said of how weights relate to what.
 
     Args:
         features: name -> values, (S, r).
         groups: `domain`, and others that are no finer names of the same.
+        alike: recorded steps in a row that one DWM version weighed.
     """
     phases, weights_Sr, domains = Phases(sample, rng), sample.batches.weights_SB, groups["domain"]
     names = tuple(features)
@@ -102,7 +107,7 @@ def relations(
     tested = {name: rho_SF[:, place] for place, name in enumerate(names)}
     if 1 < len(domains.names) <= _MOST_GROUPS:
         tested |= {f"domain {name}": _membership(weights_Sr, domains, g) for g, name in enumerate(domains.names)}
-    found["phases_differ"] = _difference(tested, sample.phases_S, rng)
+    found["phases_differ"] = _difference(tested, sample.phases_S, rng, alike)
     return found
 
 
@@ -119,8 +124,10 @@ def _membership(weights_Sr: Floats, group: Groups, code: int) -> Floats:
     return within_batches(weights_Sr, (group.codes_Sr == code).astype(np.float64))
 
 
-def _difference(tested: Mapping[str, Floats], phases_S: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Any]:
-    found = phases_differ(np.stack(list(tested.values()), axis=1), phases_S, PERMUTATIONS, rng)
+def _difference(
+    tested: Mapping[str, Floats], phases_S: NDArray[np.int64], rng: np.random.Generator, alike: int
+) -> dict[str, Any]:
+    found = phases_differ(np.stack(list(tested.values()), axis=1), phases_S, PERMUTATIONS, rng, alike)
     of = {
         name: {"share": None if np.isnan(share) else float(share), "p": float(p)}
         for name, share, p in zip(tested, found.shares_F, found.p_F, strict=True)

@@ -138,7 +138,7 @@ def _estimate(sums_n: Floats, counts_n: Floats, draws_R: Floats) -> Estimate:
 
 
 def phases_differ(
-    values_SF: Floats, phases_S: NDArray[np.integer], permutations: int, rng: np.random.Generator
+    values_SF: Floats, phases_S: NDArray[np.integer], permutations: int, rng: np.random.Generator, alike: int = 1
 ) -> Difference:
     """Test whether quantities of steps have the same mean in all phases.
 
@@ -148,6 +148,7 @@ def phases_differ(
     Args:
         values_SF: in the order of steps; NaN where a step has none.
         phases_S: the phase of each step, from 0, ascending.
+        alike: consecutive steps that have something in common, as a DWM version; they stay together.
     """
     there_SF = ~np.isnan(values_SF)
     means_F = np.nansum(values_SF, axis=0) / np.maximum(there_SF.sum(axis=0), 1)
@@ -160,7 +161,7 @@ def phases_differ(
         between_F = ((members_PS @ centred_SF[order_S]) ** 2 / np.maximum(counts_PF, 1)).sum(axis=0)
         return np.asarray(between_F / np.where(total_F > _ROUNDING, total_F, np.nan))
 
-    length = block_length(int(members_PS.sum(axis=1).min()))
+    length = max(alike, block_length(int(members_PS.sum(axis=1).min())))
     blocks = np.split(np.arange(len(values_SF)), range(length, len(values_SF), length))
     observed_F = shares(np.arange(len(values_SF)))
     if np.isnan(observed_F).all():

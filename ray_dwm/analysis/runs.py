@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,22 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the figures."""
-    return {name: version(name) for name in ("ray-dwm", "torch", "ray", "transformers", "pyarrow", "numpy")}
+    """Of what decides the figures; `commit` where this is a checkout."""
+    found = {name: version(name) for name in ("ray-dwm", "torch", "ray", "transformers", "pyarrow", "numpy")}
+    commit = _commit()
+    return {**found, "commit": commit} if commit else found
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def open_run(folder: Path) -> Run:

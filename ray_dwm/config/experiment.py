@@ -116,9 +116,10 @@ class ExperimentConfig:
         labels = [self.label(name) for name in self.methods]
         same = sorted({label for label in labels if labels.count(label) > 1})
         require(not same, f"methods: {', '.join(same)} is the label of more than one: give each its own")
+        to_come = [f"null-{control}" for control in _CONTROLS] if self.nulls else []
         for name, method in self.methods.items():
             for other in method.against:
-                self._known(f"methods.{name}.against", other, self.methods)
+                self._known(f"methods.{name}.against", other, [*self.methods, *to_come])
                 require(other != name, f"methods.{name}.against names the method itself")
             for size in method.sizes:
                 self._known(f"methods.{name}.sizes", size, self.sizes)

@@ -17,7 +17,7 @@ from ray_dwm.analysis.leaderboard import Board
 from ray_dwm.analysis.publish import LEADERBOARD, write_leaderboard
 from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.config.experiment import Cell, ExperimentConfig, grid, needed
-from ray_dwm.data.records import alone_in, write_whole
+from ray_dwm.data.records import LOCK, alone_in, is_locked, write_whole
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cells import Train, begin, fail, is_done, run_cell
@@ -114,7 +114,8 @@ def table(config: ExperimentConfig) -> Board:
     """
     if not config.folder.is_dir():
         raise UserError(f"experiment {config.folder} does not exist: run it without --only-table first")
-    write_whole(config.folder / EXPERIMENT, yaml.safe_dump(to_dict(config), sort_keys=False))
+    if not is_locked(config.folder / LOCK):  # else those at work have written what they go by
+        write_whole(config.folder / EXPERIMENT, yaml.safe_dump(to_dict(config), sort_keys=False))
     return write_leaderboard(config.folder)
 
 

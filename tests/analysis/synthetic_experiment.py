@@ -21,7 +21,7 @@ measure: test
 repeat: dwm
 methods:
   uniform: {{set: {{weighting.method: uniform}}}}
-  dwm: {{label: DWM | learnt, against: [loss]}}
+  dwm: {{label: DWM | learnt, against: [loss, null-shuffled]}}
   loss: {{set: {{weighting.method: loss}}}}
 """
 UNIFORM = {0: 3.0, 1: 3.1, 2: 3.2}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 from synthetic_experiment import UNIFORM, finish, read, write_cell
 from synthetic_runs import STEPS, TOKENS
 from test_report import outline
 
 from ray_dwm.analysis.comparison import compare
-from ray_dwm.analysis.grid import read_grid, record_path
+from ray_dwm.analysis.grid import EXPERIMENT, read_grid, record_path
 from ray_dwm.analysis.leaderboard import build_board
 from ray_dwm.analysis.publish import write_leaderboard
+from ray_dwm.config import to_dict
 from ray_dwm.config.experiment import Cell, ExperimentConfig
 from ray_dwm.errors import UserError
 
@@ -93,9 +96,42 @@ def test_verdict_win_or_lose(experiment: ExperimentConfig) -> None:
         "worse at equal tokens" in told["loss against uniform"]
         and "its last loss never" in told["loss against uniform"]
     )
-    assert "within noise of uniform" in told["null control random weights"]
-    assert "NOT within noise of uniform" in told["null control shuffled weights"]
+    assert "not told apart from uniform" in told["null control random weights"]
+    assert "DIFFERS from uniform" in told["null control shuffled weights"]
     assert "better at equal tokens" in told["DWM | learnt against loss"]
+    assert "better at equal tokens" in told["DWM | learnt against shuffled weights"]
+
+
+def test_who_is_declared_against_the_baseline_is_told_once(experiment: ExperimentConfig) -> None:
+    methods = dict(experiment.methods)
+    methods["dwm"] = dataclasses.replace(methods["dwm"], against=("uniform",))
+    experiment = dataclasses.replace(experiment, methods=methods)
+    (experiment.folder / EXPERIMENT).write_text(yaml.safe_dump(to_dict(experiment), sort_keys=False))
+    finish(experiment, "uniform", UNIFORM)
+    finish(experiment, "dwm", {0: 2.5, 1: 2.58, 2: 2.72})
+    board = build_board(read(experiment))
+    assert [(pair.method, pair.other) for pair in board.pairs] == [("dwm", "uniform")]
+    assert sum(line.startswith("DWM | learnt against uniform") for line in board.verdict) == 1
+
+
+def test_what_failed_is_named_where_it_is_missing(experiment: ExperimentConfig) -> None:
+    finish(experiment, "uniform", UNIFORM)
+    finish(experiment, "dwm", {0: 2.5, 1: 2.58})
+    path = record_path(experiment.folder, Cell("tiny", "dwm", 2))
+    path.write_text(json.dumps({"state": "failed", "reason": "collapsed"}))
+    verdict = build_board(read(experiment)).verdict
+    assert any(line.endswith("; WITHOUT what failed: tiny/dwm/seed-2") for line in verdict)
+
+
+def test_beside_other_runs_wall_clock_decides_nothing(experiment: ExperimentConfig) -> None:
+    finish(experiment, "uniform", UNIFORM)
+    finish(experiment, "dwm", {0: 2.5, 1: 2.58, 2: 2.72}, at_once=2, versions={"commit": "a"})
+    finish(experiment, "loss", {0: 3.2}, versions={"commit": "b"})
+    board = build_board(read(experiment))
+    told = next(line for line in board.verdict if line.startswith("DWM | learnt against uniform"))
+    assert "better at equal tokens" in told and "beside other runs at equal wall-clock, -0." in told
+    assert any("who ran beside whom" in note for note in board.notes)
+    assert "Cells ran with different code: a, b." in board.notes
 
 
 def test_many_comparisons_are_corrected_but_not_the_null_controls(experiment: ExperimentConfig) -> None:

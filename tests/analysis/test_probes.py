@@ -89,6 +89,14 @@ def test_rank_stability() -> None:
     assert np.array_equal(value, value.T) and low[0, 3] < value[0, 3] < high[0, 3] and low[0, 3] < 0 < high[0, 3]
 
 
+def test_company_in_common_is_no_agreement() -> None:
+    """Two DWMs that agree on company alone, whose draws are the same in both."""
+    rng = np.random.default_rng(6)
+    company = 3 * rng.standard_normal((N, R))
+    found = stability(np.stack([normal(rng)[:, None] + company, normal(rng)[:, None] + company]), 50, rng)
+    assert abs(found.value_PP[0, 1]) < 0.2 < found.value_PP[0, 0]
+
+
 def test_a_dwm_that_weighs_all_alike_has_no_ranks() -> None:
     found = stability(np.zeros((2, N, R)), 20, np.random.default_rng(0)).plain()
     assert found["value"] == [[None, None], [None, None]] == found["low"]

@@ -95,6 +95,15 @@ def test_p_is_uniform_where_phases_do_not_differ(seed: int) -> None:
     assert min(p) >= 1 / 60
 
 
+def test_steps_that_are_alike_stay_together() -> None:
+    """Eight steps in a row share an effect, as those that one version of a DWM weighs."""
+    rng = np.random.default_rng(4)
+    series = [np.repeat(rng.standard_normal(9), 8) + 0.5 * rng.standard_normal(72) for _ in range(60)]
+    p = {n: [phases_differ(x[:, None], thirds(24), 59, rng, n).p for x in series] for n in (1, 8)}
+    assert np.mean(np.array(p[1]) <= 0.1) > 0.25 > 0.2 > np.mean(np.array(p[8]) <= 0.1)
+    assert phases_differ(series[0][:, None], thirds(24), 9, rng, 8).block == 8
+
+
 def test_quantities_that_are_nowhere_defined() -> None:
     values = np.full((3 * LEAST_STEPS, 2), np.nan)
     assert phases_differ(values, thirds(LEAST_STEPS), 19, np.random.default_rng(0)).p == 1.0
