@@ -80,7 +80,7 @@ def test_a_curriculum_is_read_in_its_order(shards: dict[str, Path], tmp_path: Pa
     saved(tmp_path / "dwm", bag=1.0)
     overrides = ["data.selection=curriculum", "selection.curriculum.criterion=dwm", "selection.curriculum.start=0"]
     overrides += ["selection.curriculum.pacing=linear", "selection.curriculum.full=1", "selection.budget=1600"]
-    overrides += ["train.global_batch=8", "selection.keep_scores=true"]
+    overrides += ["train.global_batch=8", "selection.keep_scores=true", "weighting.method=uniform"]
     chosen = selecting.with_selection(settings(shards, tmp_path, *overrides))
     folder = Path(chosen.data.train)
     reader, table = open_shards(str(folder)), pq.read_table(folder / "scores.parquet")
