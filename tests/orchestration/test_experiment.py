@@ -84,7 +84,7 @@ def run(config: ExperimentConfig, train: Trainer, methods: str = "") -> None:
 @pytest.fixture
 def given_dwms_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs written by hand leave no DWM that could be read."""
-    monkeypatch.setattr("ray_dwm.engine.setup._check_given_dwm", lambda config, train: None)
+    monkeypatch.setattr("ray_dwm.engine.checks._check_given_dwm", lambda config, train: None)
     monkeypatch.setattr("ray_dwm.engine.rundir.file_sha256", lambda path: Path(path).name)
 
 
