@@ -161,8 +161,11 @@ def select(config: RunConfig) -> Path:
     Raises:
         UserError: before anything was started, or where the data do not allow it; no half-written folder is left.
     """
-    selection = plan_selection(config)
-    folder = selection.folder
+    return _make(plan_selection(config))
+
+
+def _make(selection: Selection) -> Path:
+    config, folder = selection.config, selection.folder
     if folder.exists():
         _require_same(selection)
         shutil.rmtree(work_path(folder), ignore_errors=True)  # a kill may have left it
@@ -193,8 +196,7 @@ def with_selection(config: RunConfig) -> RunConfig:
     """
     if config.data.selection == "none" or config.in_stages:
         return config
-    plan_inline(config)
-    folder = select(config)
+    folder = _make(plan_inline(config))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(folder), selection="none"))
 
 
