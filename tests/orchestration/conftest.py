@@ -38,6 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     client, metrics = _free_port(), _free_port()
     command += ["--object-store-memory=300000000", f"--ray-client-server-port={client}"]
     command += [f"--metrics-export-port={metrics}"]
+    command += ["--include-log-monitor=false", "--no-monitor"]  # nobody reads along, and no node is to be added
     environment = {
         **os.environ,
         "PATH": f"{RAY.parent}:{os.environ['PATH']}",
@@ -45,6 +46,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "CLIENT_ADDRESS": f"ray://127.0.0.1:{client}",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon it sees that workers have ended, or died
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, where no node announces its end
         "RAY_metrics_report_interval_ms": "1000",  # not 10 s: a test's run is over by then
         "METRICS_URL": f"http://127.0.0.1:{metrics}/metrics",
         "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "180",  # a client's server starts, on a machine that may be slow

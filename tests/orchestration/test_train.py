@@ -24,7 +24,7 @@ from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.models.folders import load_dwm
-from ray_dwm.orchestration.series import RANK, RAY_SERIES, SERIES
+from ray_dwm.orchestration.series import RANK, RAY_SERIES, RUN, SERIES
 from ray_dwm.orchestration.submit import Request, submit
 
 TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "checkpoint_seconds", "tokens_per_s", "tflops")
@@ -274,20 +274,26 @@ def ray_job_submit(environment: dict[str, str], *arguments: str) -> subprocess.C
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
-def test_job_succeeds_and_shows_progress(cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path) -> None:
+def test_a_job_learns_in_stages_and_shows_progress(
+    cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path
+) -> None:
     overrides = [
         *(f"data.{name}={shards[name]}" for name in ("train", "target")),
         f"data.held_out.test={shards['held_out']}",
         *(f"storage={tmp_path}", "lm.preset=tiny", "train.steps=10", "train.global_batch=8", "train.micro_batch=4"),
-        *("bilevel.target_batch=8", "bilevel.every=2", "bilevel.warmup_steps=1", "tracking.wandb=off", "name=job"),
+        *("bilevel.target_batch=8", "bilevel.stages=2", "bilevel.stage_updates=2", "bilevel.warmup_steps=1"),
+        *("tracking.wandb=off", "name=job"),
     ]
-    done = ray_job_submit(cluster, *overrides)
+    with Scraper(cluster) as scraper:
+        done = ray_job_submit(cluster, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 10/10" in done.stdout
     events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert all(event.keys() >= {"time", "level", "message", "run", "attempt", "rank", "step"} for event in events)
     assert next(event for event in events if event["message"].startswith("step 10/10"))["run"] == "job"
     assert "succeeded" in done.stdout
+    (stage,) = (n for labels, n in scraper.samples["ray_dwm_stage"].items() if (RUN, "job") in labels)
+    assert stage == 2
     assert (tmp_path / "job" / "summary.json").is_file()
 
 
