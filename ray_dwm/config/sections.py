@@ -26,7 +26,7 @@ class PrepareConfig:
     more_targets: dict[str, str] = field(default_factory=dict)
     """Name of a further target set -> files."""
     held_out: dict[str, str] = field(default_factory=dict)
-    """Name of a held-out set -> files."""
+    """Name of a held-out set -> files; none leave the set out, as `prepare.held_out.NAME=` on a command line."""
     seq_len: int = 2048
     domain_field: str = "domain"
     """The field that names a record's domain; where a record has none, its file's name does."""
@@ -35,6 +35,7 @@ class PrepareConfig:
     """Parallel tokenisation tasks; the output does not depend on it."""
 
     def __post_init__(self) -> None:
+        _leave_out_empty(self)
         require(self.seq_len >= 2, f"prepare.seq_len is {self.seq_len}: it must be at least 2")
         positive("prepare", self, "rows_per_file", "workers")
 
@@ -61,6 +62,7 @@ class DataConfig:
     prefetch_batches: int = 4
 
     def __post_init__(self) -> None:
+        _leave_out_empty(self)
         positive("data", self, "block_rows", "window_blocks", "prefetch_batches")
         for section, names in (("held_out", self.held_out), ("more_targets", self.more_targets)):
             for name in names:
@@ -82,6 +84,11 @@ class DataConfig:
         more = [(f"more_targets.{name}", folder) for name, folder in self.more_targets.items()]
         held_out = [(f"held_out.{name}", folder) for name, folder in self.held_out.items()]
         return [("train", self.train), ("target", self.target), *more, *held_out]
+
+
+def _leave_out_empty(sets: PrepareConfig | DataConfig) -> None:
+    for name in ("more_targets", "held_out"):
+        object.__setattr__(sets, name, {key: place for key, place in getattr(sets, name).items() if place})
 
 
 @frozen
