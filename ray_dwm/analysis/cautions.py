@@ -14,7 +14,6 @@ from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import Interval
 from ray_dwm.config.sections import MAX_OVERLAP
 from ray_dwm.data.plan import WORTH_EPOCHS
-from ray_dwm.engine.checks import target_sets
 from ray_dwm.engine.messages import MESSAGES
 from ray_dwm.evaluation.contamination import Overlap
 from ray_dwm.evaluation.scores import read_overlaps
@@ -185,7 +184,7 @@ def of_run(run: Run) -> list[Caution]:
 def held_out(run: Run) -> list[str]:
     """Sets that the run was evaluated on and learnt nothing from."""
     names = [key.removeprefix("val/").removesuffix("/loss") for key in run.keys("val/")]
-    return [name for name in names if name not in target_sets(run.config)]
+    return [name for name in names if name not in run.config.data.target_sets]
 
 
 @dataclass(frozen=True, slots=True)

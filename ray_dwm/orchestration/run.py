@@ -10,7 +10,7 @@ from typing import Any
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import open_shards
-from ray_dwm.engine.checks import check_checkpoint, check_data, evaluation_sets
+from ray_dwm.engine.checks import check_checkpoint, check_data
 from ray_dwm.engine.rundir import check, claim, read_summary
 from ray_dwm.engine.stopping import stopped_by_sigterm
 from ray_dwm.evaluation.taskfile import is_path
@@ -34,7 +34,7 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
         TrainingError: the run failed, or was stopped by a SIGTERM; the last checkpoint is intact.
     """
     manifest = check_data(config)
-    for folder in (config.data.train, *evaluation_sets(config).values()):
+    for folder in (config.data.train, *config.data.evaluation_sets.values()):
         open_shards(folder).verify()
     config = absolute(config)
     prepare_mirror(config)
