@@ -137,10 +137,12 @@ def _one_after_another(config: ExperimentConfig, cells: Sequence[Cell], train: T
     for number, cell in enumerate(cells, start=1):
         say(f"[{number} of {len(cells)}] {cell.path}")
         lacking = [other.path for other in needed(config, cell).values() if other in failed]
-        begin(config, cell, device, 1)
         if lacking:
             fail(config, cell, f"it needs {', '.join(lacking)}, which failed")
-        if lacking or not run_cell(config, cell, train):
+            failed.append(cell)
+            continue
+        begin(config, cell, device, 1)
+        if not run_cell(config, cell, train):
             failed.append(cell)
     return failed
 
