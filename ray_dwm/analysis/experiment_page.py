@@ -14,6 +14,7 @@ from ray_dwm.analysis.data_card import data_card, records_of_stages
 from ray_dwm.analysis.grid import Grid, Outcome
 from ray_dwm.analysis.leaderboard import comparable
 from ray_dwm.analysis.line_styles import line_styles, method_styles
+from ray_dwm.analysis.overlaps import unchecked
 from ray_dwm.analysis.results import task_table
 from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.settings import settings_table
@@ -22,7 +23,6 @@ from ray_dwm.analysis.tables import Table
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.manifest import find_manifest
 from ray_dwm.data.records import read_json
-from ray_dwm.evaluation.scores import read_overlaps
 from ray_dwm.selection.record import RECORD
 
 Cautions = Sequence[tuple[str, Caution]]
@@ -39,7 +39,7 @@ def sections(grid: Grid, sets: Sequence[str], cautions: Cautions) -> dict[str, A
     places = [(size, name) for size in sizes for name in sets]
     return {
         "cautions": grouped(cautions),
-        "unchecked": [] if any(read_overlaps(o.run.folder) for o in grid.outcomes.values()) else ["contamination"],
+        "unchecked": unchecked([outcome.run for outcome in grid.outcomes.values()]),
         "losses": [
             (_place(grid, size, name), *(_losses(grid, size, name, over) for over in ("tokens", "seconds")))
             for size, name in places

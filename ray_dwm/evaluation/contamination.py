@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dwm.config import DataConfig
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
 from ray_dwm.data.records import digest
 from ray_dwm.data.shards import ShardReader
@@ -29,6 +30,7 @@ from ray_dwm.errors import DataError, ResourceError
 from ray_dwm.evaluation.overlap_index import WORDS, Index
 from ray_dwm.logs import say
 
+TRAINING = "the training set"
 _BLOCK_ROWS = 2048
 _BLOCKS_ALONE = 64
 """As many are read by this process; for more, one process a core is worth its start."""
@@ -141,8 +143,8 @@ def _tokenizer(manifest: Manifest) -> Tokenizer:
     folder = manifest.folder / FOLDER
     if not folder.is_dir():
         raise DataError(
-            f"{manifest.folder} has no tokenizer beside its shards, and so no words that tasks could be compared with: "
-            "prepare it anew, or evaluate with --no-guard"
+            f"{manifest.folder} has no tokenizer beside its shards, and so no words that could be compared: prepare it "
+            "anew, or evaluate with --no-guard"
         )
     return Tokenizer(folder)
 
@@ -195,16 +197,45 @@ def guard(
         targets: name -> folder of shards.
         known: see `overlaps`.
     """
-    sets = {_named(name): load_manifest(folder) for name, folder in targets.items()}
+    sets = {_target(name): load_manifest(folder) for name, folder in targets.items()}
     told, found = list(known), []
     if train:
         rows = {name: row_texts(of) for name, of in sets.items()}
-        found = overlaps({**tasks, **rows}, {"the training set": load_manifest(train)}, told)
+        found = overlaps({**tasks, **rows}, {TRAINING: load_manifest(train)}, told)
     return found + overlaps(tasks, sets, told)
 
 
-def _named(target: str) -> str:
-    return "the target set" if target == "target" else f"target set {target}"
+def compare_sets(data: DataConfig, known: Iterable[Overlap] = ()) -> list[Overlap]:
+    """What a run is judged by without tasks: target and held-out sets against the training set, held-out sets against
+    the target sets.
+
+    Args:
+        known: see `overlaps`.
+
+    Raises:
+        DataError: shards are not there, damaged, or have no tokenizer.
+    """
+    targets = {_target(name): load_manifest(folder) for name, folder in data.target_sets.items()}
+    learnt = {name: row_texts(of) for name, of in targets.items()}
+    held_out = {_held_out(name): row_texts(load_manifest(folder)) for name, folder in data.held_out.items()}
+    told = list(known)
+    found = overlaps({**learnt, **held_out}, {TRAINING: load_manifest(data.train)}, told)
+    return found + overlaps(held_out, targets, told)
+
+
+def set_pairs(data: DataConfig) -> set[tuple[str, str]]:
+    """`what` and `against` of all that `compare_sets` finds."""
+    targets, held_out = map(_target, data.target_sets), [*map(_held_out, data.held_out)]
+    learnt = [TRAINING, *targets]
+    return {(name, TRAINING) for name in learnt[1:]} | {(name, of) for name in held_out for of in learnt}
+
+
+def _target(name: str) -> str:
+    return "the target set" if name == "target" else f"target set {name}"
+
+
+def _held_out(name: str) -> str:
+    return f"held-out set {name}"
 
 
 def refuse(found: Sequence[Overlap], most: float, key: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_dwm.analysis.overlaps import look
 from ray_dwm.analysis.preferences import SAMPLES, Asked, preferences, take_sample
 from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import Run, open_runs, versions
@@ -68,6 +69,7 @@ def analyze(folders: Sequence[Path], asked: Analysis) -> None:
     if asked.preferences:
         for run in weighted:
             found[run.folder] = preferences_of(run, asked, _reference(run, runs, asked.reference))
+    look(runs)
     write_report(list(folders), asked.output, found)
     if asked.numbers is not None:
         write_whole(asked.numbers.absolute(), json.dumps({str(run): of for run, of in found.items()}, indent=2) + "\n")
