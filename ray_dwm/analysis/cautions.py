@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import Interval
 from ray_dwm.config.sections import MAX_OVERLAP
 from ray_dwm.data.plan import WORTH_EPOCHS
-from ray_dwm.engine.checks import target_sets
 from ray_dwm.engine.messages import MESSAGES
 from ray_dwm.evaluation.contamination import Overlap
 from ray_dwm.evaluation.scores import read_overlaps
@@ -36,6 +36,8 @@ class Caution:
     """What was measured, and where."""
     rule: str
     """When this is said."""
+    about: str = ""
+    """Of which sets, where a run may have several of this title."""
 
 
 def low_ess(steps: Sequence[float], ess: Sequence[float], batch: int, guard: float) -> Caution | None:
@@ -143,6 +145,7 @@ def contaminated(found: Iterable[Overlap]) -> list[Caution]:
             "Contamination",
             f"{one.share:.2%} of {one.what} are also in {one.against}: its figures flatter",
             f"overlap above {MAX_OVERLAP:.2%}",
+            f"{one.what} in {one.against}",
         )
         for one in found
         if one.share > MAX_OVERLAP
@@ -185,7 +188,7 @@ def of_run(run: Run) -> list[Caution]:
 def held_out(run: Run) -> list[str]:
     """Sets that the run was evaluated on and learnt nothing from."""
     names = [key.removeprefix("val/").removesuffix("/loss") for key in run.keys("val/")]
-    return [name for name in names if name not in target_sets(run.config)]
+    return [name for name in names if name not in run.config.data.target_sets]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,14 +242,15 @@ def of_grid(grid: Grid) -> list[tuple[str, Caution]]:
 
 
 def _merged(of_seeds: Sequence[Sequence[Caution]]) -> list[Caution]:
-    """The first of each title, the second, and so on: the first seed that has it stands for all."""
-    same: dict[tuple[str, int], list[Caution]] = {}
+    """The first of each title and sets, the second, and so on: the first seed that has it stands for all."""
+    same: dict[tuple[str, str, int], list[Caution]] = {}
     for cautions in of_seeds:
-        seen: Counter[str] = Counter()
+        seen: Counter[tuple[str, str]] = Counter()
         for one in cautions:
-            same.setdefault((one.title, seen[one.title]), []).append(one)
-            seen[one.title] += 1
+            kind = (one.title, one.about)
+            same.setdefault((*kind, seen[kind]), []).append(one)
+            seen[kind] += 1
     return [
-        Caution(title, f"in {len(having)} of {len(of_seeds)} seeds; {having[0].found}", having[0].rule)
-        for (title, _), having in same.items()
+        dataclasses.replace(having[0], found=f"in {len(having)} of {len(of_seeds)} seeds; {having[0].found}")
+        for having in same.values()
     ]

@@ -13,7 +13,6 @@ from ray_dwm.analysis.tables import Table
 from ray_dwm.config.building import dotted
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, find_manifest
 from ray_dwm.data.records import read_json
-from ray_dwm.engine.checks import target_sets
 from ray_dwm.selection.record import RECORD
 
 _LISTED = 12
@@ -64,7 +63,7 @@ def _sets(run: Run) -> Iterator[tuple[str, str, str]]:
     """(name, role, folder) of every set."""
     data = run.config.data
     yield "train", "the pool of which the stages were chosen" if run.config.in_stages else "trained on", data.train
-    for name, folder in target_sets(run.config).items():
+    for name, folder in run.config.data.target_sets.items():
         yield name, "target set", folder
     for name, folder in data.held_out.items():
         yield name, "held out, only evaluated", folder

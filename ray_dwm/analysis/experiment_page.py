@@ -13,6 +13,8 @@ from ray_dwm.analysis.cautions import Caution, grouped
 from ray_dwm.analysis.data_card import data_card, records_of_stages
 from ray_dwm.analysis.grid import Grid, Outcome
 from ray_dwm.analysis.leaderboard import comparable
+from ray_dwm.analysis.line_styles import line_styles, method_styles
+from ray_dwm.analysis.overlaps import unchecked
 from ray_dwm.analysis.results import task_table
 from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.settings import settings_table
@@ -21,7 +23,6 @@ from ray_dwm.analysis.tables import Table
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.manifest import find_manifest
 from ray_dwm.data.records import read_json
-from ray_dwm.evaluation.scores import read_overlaps
 from ray_dwm.selection.record import RECORD
 
 Cautions = Sequence[tuple[str, Caution]]
@@ -38,7 +39,7 @@ def sections(grid: Grid, sets: Sequence[str], cautions: Cautions) -> dict[str, A
     places = [(size, name) for size in sizes for name in sets]
     return {
         "cautions": grouped(cautions),
-        "unchecked": [] if any(read_overlaps(o.run.folder) for o in grid.outcomes.values()) else ["contamination"],
+        "unchecked": unchecked([outcome.run for outcome in grid.outcomes.values()]),
         "losses": [
             (_place(grid, size, name), *(_losses(grid, size, name, over) for over in ("tokens", "seconds")))
             for size, name in places
@@ -68,16 +69,10 @@ def _place(grid: Grid, size: str, name: str) -> str:
     return f"{size}, {name}" if len(grid.experiment.sizes) > 1 else name
 
 
-def _kind(grid: Grid, method: str) -> str:
-    if grid.experiment.methods[method].is_null:
-        return "null"
-    return "baseline" if method == grid.experiment.baseline else ""
-
-
 def _losses(grid: Grid, size: str, name: str, over: str) -> str:
     """The methods' mean loss of a set over training with 95 % intervals, without the first point, before training."""
     experiment, lines = grid.experiment, []
-    for method in experiment.methods:
+    for method, style in method_styles(experiment).items():
         done = [outcome for outcome in grid.of(size, method).values() if name in comparable(grid, size, [outcome])]
         curves = [outcome.curve(name) for outcome in done]
         points = min((len(curve.losses) for curve in curves), default=0)
@@ -87,7 +82,7 @@ def _losses(grid: Grid, size: str, name: str, over: str) -> str:
         lines.append(
             figures.Line(
                 label=experiment.label(method),
-                kind=_kind(grid, method),
+                style=style,
                 x=[fmean(x[k] for x in xs) for k in range(1, points)],
                 y=[interval([curve.losses[k] for curve in curves]) for k in range(1, points)],
             )
@@ -109,8 +104,8 @@ _POINTS = 25
 def _preferences(grid: Grid, size: str, method: str) -> str | None:
     """The mean weight of every domain over training, mean over seeds; None where a method weighs uniformly."""
     runs = [outcome.run for outcome in grid.of(size, method).values() if outcome.run.weighted]
-    lines = []
-    for key in dict.fromkeys(key for run in runs for key in run.keys("weight/")):
+    lines, keys = [], list(dict.fromkeys(key for run in runs for key in run.keys("weight/")))
+    for key, style in zip(keys, line_styles(len(keys)), strict=True):
         series = [run.series(key) for run in runs]
         width = max(max(run.summary["tokens"] for run in runs) / _POINTS, 1.0)
         binned = [_binned(x, y, width) for x, y in series]  # a domain is not in every batch
@@ -120,7 +115,7 @@ def _preferences(grid: Grid, size: str, method: str) -> str | None:
         lines.append(
             figures.Line(
                 label=key.removeprefix("weight/"),
-                kind="",
+                style=style,
                 x=[(place + 0.5) * width for place in bins],
                 y=[interval([of[place] for of in binned]) for place in bins],
             )

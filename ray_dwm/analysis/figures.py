@@ -17,10 +17,12 @@ import numpy as np
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from ray_dwm.analysis.line_styles import LineStyle, line_styles, run_styles
 from ray_dwm.analysis.runs import Run
 from ray_dwm.analysis.statistics import Interval
-from ray_dwm.analysis.theme import ACCENT, AXIS, INK, NEUTRAL, PALETTE, STYLE, themed
+from ray_dwm.analysis.theme import ACCENT, AXIS, INK, NEUTRAL, STYLE, themed
 from ray_dwm.evaluation.scores import Evaluation, Score
 
 WIDTH, HEIGHT = 4.6, 2.9
@@ -29,6 +31,12 @@ _WIDE = 6.0
 """Inches from which on a phone scrolls rather than shrinks a figure."""
 _ROW = 0.2
 """Inches of a line of a legend."""
+_SHORT = 20
+"""Characters of a label, two of which have room beside each other in a legend."""
+_CROWDED = 10
+"""Lines; more of them need a taller picture, and paler bands, which lie over one another."""
+_FAR_APART = 5.0
+"""As many times the time of the quickest line, from which on time has a logarithmic axis."""
 _PHASES = {
     "step": NEUTRAL,
     "data": AXIS,
@@ -61,22 +69,20 @@ def _own_ids(svg: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
 
 
-def _colours(runs: Sequence[Run]) -> list[str]:
-    """Grey for uniform weights, and a colour for each of the others."""
-    palette = iter(PALETTE * len(runs))
-    return [next(palette) if run.weighted else NEUTRAL for run in runs]
+def _styles(runs: Sequence[Run]) -> list[LineStyle]:
+    return run_styles([run.weighted for run in runs])
 
 
 def losses(runs: list[Run], key: str, over: str) -> str:
     """A loss of all runs against tokens or wall-clock."""
     scale, shown = 1e6 if over == "tokens" else 1.0, []
     with figure() as (_, axes, out):
-        for run, colour in zip(runs, _colours(runs), strict=True):
+        for run, (colour, dashes) in zip(runs, _styles(runs), strict=True):
             x, y = run.series(key, over)
             if not x:
                 continue  # this run has no such set
             shown.append((np.array(x[1:]) / scale, y[1:]))
-            axes.plot(*shown[-1], color=colour, marker="o", markersize=3, label=run.name)
+            axes.plot(*shown[-1], color=colour, linestyle=dashes, marker="o", markersize=3, label=run.name)
         _without_the_first(axes, shown)
         axes.set_xlabel(TOKENS if over == "tokens" else SECONDS)
         axes.set_ylabel(LOSS)
@@ -87,10 +93,10 @@ def losses(runs: list[Run], key: str, over: str) -> str:
 def scores(lines: Sequence[tuple[Run, Sequence[tuple[Evaluation, Score]]]], metric: str) -> str:
     """A task's scores of all runs against tokens, with one standard error to both sides."""
     with figure() as (_, axes, out):
-        for (run, points), colour in zip(lines, _colours([run for run, _ in lines]), strict=True):
+        for (run, points), (colour, dashes) in zip(lines, _styles([run for run, _ in lines]), strict=True):
             x = [(evaluation.tokens or 0) / 1e6 for evaluation, _ in points]
             errors = [score.error or 0.0 for _, score in points]
-            style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3, "capsize": 2}
+            style: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3, "capsize": 2}
             axes.errorbar(x, [score.value for _, score in points], errors, label=run.name, **style)
         axes.set_xlabel(TOKENS)
         axes.set_ylabel(metric)
@@ -112,8 +118,7 @@ class Line:
     """A method's loss, or another measure, over training, of several seeds."""
 
     label: str
-    kind: str
-    """baseline, null, or neither."""
+    style: LineStyle
     x: list[float]
     y: list[Interval]
 
@@ -121,24 +126,37 @@ class Line:
 def curves(lines: list[Line], over: str, measure: str = LOSS) -> str:
     """Means over seeds with 95 % intervals against `tokens` or `seconds`."""
     scale = 1e6 if over == "tokens" else 1.0
-    rows = math.ceil(len(lines) / 2)
-    with figure(height=HEIGHT + _ROW * rows) as (drawn, axes, out):
-        for index, line in enumerate(lines):
-            plain = {"baseline": (NEUTRAL, "-"), "null": (NEUTRAL, ":")}
-            own = (PALETTE[index % len(PALETTE)], "-" if index < len(PALETTE) else "--")
-            colour, style = plain.get(line.kind, own)
+    columns = 1 if any(len(line.label) > _SHORT for line in lines) else 2
+    crowd = max(1.0, len(lines) / _CROWDED)
+    height = HEIGHT * min(crowd, 1.5) + _ROW * math.ceil(len(lines) / columns)
+    with figure(height=height) as (drawn, axes, out):
+        for line in lines:
+            colour, dashes = line.style
             x = np.array(line.x) / scale
-            axes.plot(x, [y.mean for y in line.y], color=colour, linestyle=style, linewidth=1.8, label=line.label)
+            axes.plot(x, [y.mean for y in line.y], color=colour, linestyle=dashes, linewidth=1.8, label=line.label)
             bounds = [(y.low, y.high) for y in line.y if y.low is not None and y.high is not None]
             if len(bounds) == len(x):
                 low, high = np.array(bounds).T
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(x, low, high, color=colour, alpha=0.15 / crowd, linewidth=0)
         if measure == LOSS:
             _without_the_first(axes, [(np.array(line.x) / scale, [y.mean for y in line.y]) for line in lines])
         axes.set_xlabel(TOKENS if over == "tokens" else WALL)
         axes.set_ylabel(measure)
-        drawn.legend(frameon=False, loc="outside lower center", ncols=2)
+        if over != "tokens":
+            _log_where_far_apart(axes, lines)
+        drawn.legend(frameon=False, loc="outside lower center", ncols=columns, handlelength=3.2)  # to show dashes
     return out[0]
+
+
+def _log_where_far_apart(axes: Any, lines: Sequence[Line]) -> None:
+    """One method that needs many times another's time would leave that one no room on a linear axis."""
+    ends = [line.x[-1] for line in lines]
+    if not ends or max(ends) <= _FAR_APART * min(ends) or min(line.x[0] for line in lines) <= 0:
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _smooth(values: list[float], width: int) -> np.ndarray:
@@ -151,11 +169,11 @@ def domain_weights(run: Run) -> str:
     """Mean relative weight of every domain over training, smoothed over steps."""
     keys = run.keys("weight/")
     with figure(height=HEIGHT + _ROW * math.ceil(len(keys) / 3)) as (drawn, axes, out):
-        for index, key in enumerate(keys):
+        for key, (colour, dashes) in zip(keys, line_styles(len(keys)), strict=True):
             x, y = run.series(key)
-            name = key.removeprefix("weight/")
-            colour = PALETTE[index % len(PALETTE)]
-            axes.plot(np.array(x) / 1e6, _smooth(y, max(1, len(y) // 25)), color=colour, label=name, linewidth=1.8)
+            style: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.8}
+            smooth = _smooth(y, max(1, len(y) // 25))
+            axes.plot(np.array(x) / 1e6, smooth, label=key.removeprefix("weight/"), **style)
         axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel(TOKENS)
         axes.set_ylabel("mean weight (1 = uniform)")

@@ -24,7 +24,7 @@ from ray_dwm.analysis.runs import Run
 from ray_dwm.data.manifest import Manifest, load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.data.tokenization import FOLDER
-from ray_dwm.engine.checks import seq_len, target_sets
+from ray_dwm.engine.checks import seq_len
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.models.folders import load_dwm
 from ray_dwm.selection.method import Sweep
@@ -78,7 +78,7 @@ class _Study:
     def features(self, taken: Sample) -> dict[str, Floats]:
         """Name -> values of the sampled sequences, (S, r); what cannot be measured is named in `left_out`."""
         shape = taken.batches.ids_SB.shape
-        targets = {name: load_manifest(folder) for name, folder in target_sets(self.run.config).items()}
+        targets = {name: load_manifest(folder) for name, folder in self.run.config.data.target_sets.items()}
         measuring = measure(
             self.reading,
             self.corpus("the training set", self.pool, _POOL),

@@ -13,6 +13,7 @@ from ray_dwm.analysis.comparison import Comparison
 from ray_dwm.analysis.experiment_page import Cautions, sections
 from ray_dwm.analysis.grid import Grid, Outcome, read_grid
 from ray_dwm.analysis.leaderboard import Board, Row, build_board, share, signed
+from ray_dwm.analysis.overlaps import unchecked
 from ray_dwm.analysis.render import render
 from ray_dwm.analysis.runs import versions
 from ray_dwm.analysis.settings import changed
@@ -112,14 +113,17 @@ def _markdown(grid: Grid, board: Board, shown: Sequence[Table], warned: Cautions
     for table in shown:
         parts += [f"## {table.title}", markdown(table)]
     parts += [legend(grid), "## Verdict", "\n".join(f"- {line}" for line in board.verdict) or "Nothing is done yet."]
-    if warned:
-        parts += [
-            "## Warnings",
-            "\n".join(f"- {whose}: {one.title}. {one.found} ({one.rule})" for whose, one in warned),
-        ]
+    missing = ", ".join(_unchecked(grid))
+    if warned or missing:
+        lines = [f"- {whose}: {one.title}. {one.found} ({one.rule})" for whose, one in warned]
+        parts += ["## Warnings", "\n".join([*lines, *([f"- Not looked for: {missing}."] if missing else [])])]
     if board.notes:
         parts += ["## Notes", "\n".join(f"- {line}" for line in board.notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _unchecked(grid: Grid) -> list[str]:
+    return unchecked([outcome.run for outcome in grid.outcomes.values()])
 
 
 def _budget(grid: Grid) -> str:
@@ -140,6 +144,7 @@ def content(grid: Grid, board: Board, warned: Cautions) -> dict[str, Any]:
         "pairs": [asdict(pair) for pair in board.pairs],
         "verdict": board.verdict,
         "warnings": [{"of": whose, **asdict(one)} for whose, one in warned],
+        "unchecked": _unchecked(grid),
         "notes": board.notes,
         "configurations": {
             f"{cell.size}/{cell.method}": changed(outcome.run.config, places=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray_dwm.analysis import cautions, figures
 from ray_dwm.analysis.data_card import data_cards
+from ray_dwm.analysis.overlaps import unchecked
 from ray_dwm.analysis.preference_section import section
 from ray_dwm.analysis.render import render
 from ray_dwm.analysis.results import task_table
@@ -18,7 +19,6 @@ from ray_dwm.analysis.task_curves import task_curves
 from ray_dwm.analysis.verdict import differences, sentence, verdict
 from ray_dwm.config import BilevelConfig, to_yaml
 from ray_dwm.data.records import write_whole
-from ray_dwm.evaluation.scores import read_overlaps
 
 
 def write_report(
@@ -49,7 +49,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "runs": runs,
         "verdicts": [_verdict(uniform, run) for run in weighted] if uniform else [],
         "cautions": cautions.grouped(cautions.of_runs(runs, uniform)),
-        "unchecked": [] if any(read_overlaps(run.folder) for run in runs) else ["contamination"],
+        "unchecked": unchecked(runs),
         "standings": standings(runs) if len(runs) > 2 else None,
         "losses": [
             (

@@ -14,18 +14,17 @@ Key = tuple[str, str, int]
 
 
 def scores(run: Run) -> dict[Key, Score]:
-    """The scores that are kept of the last step; empty where there are none.
+    """The scores that are kept of the finished LM; empty where there are none, whatever checkpoints before it have.
 
     Raises:
         DataError: evaluation.json is damaged.
     """
-    evaluations = read_evaluations(run.folder)
-    last = [of for of in evaluations if of.step == evaluations[-1].step]
+    last = [of for of in read_evaluations(run.folder) if of.step == run.summary["steps"]]
     return {(score.task, score.metric, score.shots): score for of in last for score in of.scores}
 
 
 def task_table(groups: Mapping[str, Sequence[Run]]) -> Table | None:
-    """Scores of runs, or means over the seeds of methods; None where nothing was evaluated.
+    """Scores of finished LMs, or means over the seeds of methods; None where none was evaluated.
 
     Of one run ± is the standard error over a task's items, of several half of the 95 % interval over seeds.
     """

@@ -80,6 +80,16 @@ class DataConfig:
         require(not twice, f"data.held_out and data.more_targets both have a set named {', '.join(twice)}")
         require(bool(self.target) or not self.more_targets, "data.more_targets needs data.target, the first of them")
 
+    @property
+    def target_sets(self) -> dict[str, str]:
+        """Name -> shards of what the upper level minimises."""
+        return {"target": self.target, **self.more_targets} if self.target else {}
+
+    @property
+    def evaluation_sets(self) -> dict[str, str]:
+        """Name -> shards of everything that is evaluated: the target sets and the held-out sets."""
+        return {**self.target_sets, **self.held_out}
+
     def _folders(self) -> list[tuple[str, str]]:
         more = [(f"more_targets.{name}", folder) for name, folder in self.more_targets.items()]
         held_out = [(f"held_out.{name}", folder) for name, folder in self.held_out.items()]

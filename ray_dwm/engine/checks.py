@@ -37,7 +37,7 @@ def check_data(config: RunConfig) -> Manifest:
             f"lm.seq_len is {config.lm.seq_len}, the shards in {train.folder} hold {train.seq_len} tokens a sequence: "
             "lower it or prepare anew"
         )
-    for name, folder in evaluation_sets(config).items():
+    for name, folder in config.data.evaluation_sets.items():
         other = load_manifest(folder)
         if other.tokenizer_sha256 != train.tokenizer_sha256:
             raise DataError(
@@ -48,10 +48,10 @@ def check_data(config: RunConfig) -> Manifest:
             raise DataError(
                 f"{other.folder} (set {name}) has sequences of {other.seq_len} tokens, too short: prepare anew"
             )
-        if name in target_sets(config) and config.target_draw is not None:
+        if name in config.data.target_sets and config.target_draw is not None:
             key, sequences = config.target_draw
             of_it = " of each set" if config.data.more_targets else ""
-            sets = len(target_sets(config)) if config.weighting.method == "dwm" else 1
+            sets = len(config.data.target_sets) if config.weighting.method == "dwm" else 1
             rows = learnt_rows(config, other)
             if rows < sequences // sets:
                 raise DataError(
@@ -89,16 +89,6 @@ def _check_given_dwm(config: RunConfig, train: Manifest) -> None:
         ReplayedWeighting(config, train.tokenizer_sha256, torch.device("cpu"))
     elif config.dwm.init_from:
         build_learner(config, train)
-
-
-def evaluation_sets(config: RunConfig) -> dict[str, str]:
-    """Name -> shards of everything that is evaluated: the target set and the held-out sets."""
-    return {**target_sets(config), **config.data.held_out}
-
-
-def target_sets(config: RunConfig) -> dict[str, str]:
-    """Name -> shards of what the upper level minimises."""
-    return {"target": config.data.target, **config.data.more_targets} if config.data.target else {}
 
 
 def learnt_rows(config: RunConfig, target: Manifest) -> int:

@@ -16,7 +16,7 @@ from ray_dwm.data.shards import ShardReader, open_shards
 from ray_dwm.engine.attention import allow_kernels
 from ray_dwm.engine.baselines import JointUpdateAwareWeighting, LossWeighting
 from ray_dwm.engine.batch import BatchSource, LocalSource
-from ray_dwm.engine.checks import check_data, evaluation_sets, read_plan, seq_len, target_sets
+from ray_dwm.engine.checks import check_data, read_plan, seq_len
 from ray_dwm.engine.given import build_learner, run_dwm_shape
 from ray_dwm.engine.group_dro import GroupDroWeighting
 from ray_dwm.engine.identity import run_identity
@@ -88,7 +88,7 @@ def build(
     parallelize(model, mesh, config.train.precision, config.parallel)
     materialize(model, fillings, config.seed, torch.device("cpu") if config.parallel.cpu_offload else place)
     lower = LowerLevel(model, mesh, config.train)
-    targets = {name: open_shards(folder) for name, folder in target_sets(config).items()}
+    targets = {name: open_shards(folder) for name, folder in config.data.target_sets.items()}
     weighting: Weighting | None = None
     if config.weighting.method == "dwm" and not config.dwm.learns:
         weighting = ReplayedWeighting(config, train.tokenizer_sha256, place)
@@ -110,7 +110,7 @@ def build(
         lower=lower,
         source=source,
         targets=targets,
-        evaluation={name: open_shards(folder) for name, folder in evaluation_sets(config).items()},
+        evaluation={name: open_shards(folder) for name, folder in config.data.evaluation_sets.items()},
         domains=train.domain_names,
         flops_per_token=flops_per_token(config.lm.preset, train.vocab_size, tokens),
         weighting=weighting,

@@ -4,17 +4,13 @@ An item (of a task; a row of a target set) overlaps with a set of shards where a
 whatever case, punctuation and Unicode form: the rule of Brown et al. 2020 (arXiv 2005.14165, appendix C), and the
 strict one, for most of what it marks is a quotation and not the item. All rows are looked at. Rows that were packed one
 after the other are read as one text, up to the borders of the blocks that are read at a time.
-
-Legend: n = words of an n-gram; w = words of a text.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,21 +21,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_dwm.config import DataConfig
 from ray_dwm.data.manifest import MANIFEST, Manifest, file_sha256, load_manifest
 from ray_dwm.data.records import digest
 from ray_dwm.data.shards import ShardReader
 from ray_dwm.data.tokenization import FOLDER, Tokenizer
 from ray_dwm.errors import DataError, ResourceError
+from ray_dwm.evaluation.overlap_index import WORDS, Index
 from ray_dwm.logs import say
 
-WORDS = 13
+TRAINING = "the training set"
 _BLOCK_ROWS = 2048
 _BLOCKS_ALONE = 64
 """As many are read by this process; for more, one process a core is worth its start."""
 _TELL_S = 30.0
 """Between two words about how far the reading is."""
-_WORD = re.compile(r"\w+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,84 +64,6 @@ class Overlap:
             f"{self.overlapping} of {self.judged} items of {self.what} ({self.share:.2%}) share {self.words} words in "
             f"a row with {self.against}{short}"
         )
-
-
-class _Numbers(dict[str, int]):
-    """A number from 1 on for each word, in the order in which they come."""
-
-    def __missing__(self, word: str) -> int:
-        number = self[word] = len(self) + 1
-        return number
-
-
-class Index:
-    """The n-grams of some sets of items, to be looked up in texts."""
-
-    def __init__(self, sets: Mapping[str, Sequence[str]], words: int = WORDS) -> None:
-        self._n, self._numbers = words, _Numbers()
-        self.items = {name: len(texts) for name, texts in sets.items()}
-        hashes, owners = [], []
-        self._names, self._starts = list(sets), np.cumsum([0, *self.items.values()])
-        for place, text in enumerate(text for texts in sets.values() for text in texts):
-            found = _hashes(np.array([self._numbers[word] for word in _split(text)], dtype=np.uint64), words)
-            hashes.append(found)
-            owners.append(np.full(len(found), place))
-        all_hashes = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
-        order = np.argsort(all_hashes, kind="stable")
-        self._owners = np.concatenate(owners)[order] if owners else np.empty(0, np.int64)
-        self._hashes, self._first = np.unique(all_hashes[order], return_index=True)
-        self._last = np.append(self._first[1:], len(order))
-
-    @property
-    def judged(self) -> dict[str, int]:
-        """Name of each set -> items that have an n-gram."""
-        return self._by_set(np.unique(self._owners))
-
-    def places(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Which items, counted through all sets, have an n-gram that is in some text; as many texts as memory holds."""
-        found = np.flatnonzero(np.isin(self._hashes, _hashes(self._looked_up(texts), self._n)))
-        owners = [self._owners[self._first[place] : self._last[place]] for place in found]
-        return np.unique(np.concatenate([np.empty(0, np.int64), *owners]))
-
-    def overlapping(self, places: Iterable[NDArray[np.int64]]) -> dict[str, int]:
-        """Name of each set -> items of it that are among the places of any block of texts."""
-        return self._by_set(np.unique(np.concatenate([np.empty(0, np.int64), *places])))
-
-    def _looked_up(self, texts: Sequence[str]) -> NDArray[np.uint64]:
-        """The numbers of all words, 0 for those that are in no item, and 0 between two texts."""
-        get = self._numbers.get
-        numbers: list[int] = []
-        for text in texts:
-            numbers.extend(get(word, 0) for word in _split(text))
-            numbers.append(0)
-        return np.array(numbers, dtype=np.uint64)
-
-    def _by_set(self, places: NDArray[np.int64]) -> dict[str, int]:
-        counts, _ = np.histogram(places, bins=[*self._starts]) if len(places) else (np.zeros(len(self._names), int), 0)
-        return {name: int(count) for name, count in zip(self._names, counts, strict=True)}
-
-
-def _split(text: str) -> list[str]:
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
-
-
-def _hashes(numbers_w: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of every run of n words that are all known, in order."""
-    if len(numbers_w) < n:
-        return np.empty(0, np.uint64)
-    starts = np.flatnonzero(np.convolve(numbers_w > 0, np.ones(n, dtype=np.int64), mode="valid") == n)
-    total = np.zeros(len(starts), dtype=np.uint64)
-    for k in range(n):
-        total = (total * _FACTOR) ^ _mixed(numbers_w[starts + k])
-    return total
-
-
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Numbers spread over 64 bits, by the last steps of splitmix64 (Steele et al. 2014)."""
-    z = numbers * _FACTOR
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 class _Reader:
@@ -225,8 +143,8 @@ def _tokenizer(manifest: Manifest) -> Tokenizer:
     folder = manifest.folder / FOLDER
     if not folder.is_dir():
         raise DataError(
-            f"{manifest.folder} has no tokenizer beside its shards, and so no words that tasks could be compared with: "
-            "prepare it anew, or evaluate with --no-guard"
+            f"{manifest.folder} has no tokenizer beside its shards, and so no words that could be compared: prepare it "
+            "anew, or evaluate with --no-guard"
         )
     return Tokenizer(folder)
 
@@ -279,16 +197,45 @@ def guard(
         targets: name -> folder of shards.
         known: see `overlaps`.
     """
-    sets = {_named(name): load_manifest(folder) for name, folder in targets.items()}
+    sets = {_target(name): load_manifest(folder) for name, folder in targets.items()}
     told, found = list(known), []
     if train:
         rows = {name: row_texts(of) for name, of in sets.items()}
-        found = overlaps({**tasks, **rows}, {"the training set": load_manifest(train)}, told)
+        found = overlaps({**tasks, **rows}, {TRAINING: load_manifest(train)}, told)
     return found + overlaps(tasks, sets, told)
 
 
-def _named(target: str) -> str:
-    return "the target set" if target == "target" else f"target set {target}"
+def compare_sets(data: DataConfig, known: Iterable[Overlap] = ()) -> list[Overlap]:
+    """What a run is judged by without tasks: target and held-out sets against the training set, held-out sets against
+    the target sets.
+
+    Args:
+        known: see `overlaps`.
+
+    Raises:
+        DataError: shards are not there, damaged, or have no tokenizer.
+    """
+    targets = {_target(name): load_manifest(folder) for name, folder in data.target_sets.items()}
+    learnt = {name: row_texts(of) for name, of in targets.items()}
+    held_out = {_held_out(name): row_texts(load_manifest(folder)) for name, folder in data.held_out.items()}
+    told = list(known)
+    found = overlaps({**learnt, **held_out}, {TRAINING: load_manifest(data.train)}, told)
+    return found + overlaps(held_out, targets, told)
+
+
+def set_pairs(data: DataConfig) -> set[tuple[str, str]]:
+    """`what` and `against` of all that `compare_sets` finds."""
+    targets, held_out = map(_target, data.target_sets), [*map(_held_out, data.held_out)]
+    learnt = [TRAINING, *targets]
+    return {(name, TRAINING) for name in learnt[1:]} | {(name, of) for name in held_out for of in learnt}
+
+
+def _target(name: str) -> str:
+    return "the target set" if name == "target" else f"target set {name}"
+
+
+def _held_out(name: str) -> str:
+    return f"held-out set {name}"
 
 
 def refuse(found: Sequence[Overlap], most: float, key: str) -> None:

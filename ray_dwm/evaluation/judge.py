@@ -54,7 +54,7 @@ def evaluate(lm: Path, shards: Sequence[Path], asked: Asked) -> Findings:
     if not folders and not asked.tasks:
         if (config := origin(lm)) is None:
             raise UserError(f"{lm} is no run folder with sets of its own: name folders of token shards, or --tasks")
-        folders = [Path(name).expanduser() for name in (*target_sets(config).values(), *config.data.held_out.values())]
+        folders = [Path(name).expanduser() for name in config.data.evaluation_sets.values()]
     evaluation, found = judge(lm, asked) if asked.tasks else (None, [])
     losses = evaluate_folders(lm, folders, asked.batch) if folders else []
     return Findings(perplexity=losses, evaluation=evaluation, overlaps=found)
@@ -86,11 +86,6 @@ def origin(lm: Path) -> RunConfig | None:
         if path.is_file():
             return load([path])
     return None
-
-
-def target_sets(config: RunConfig) -> dict[str, str]:
-    """Name -> shards of what the weighting asks for; the guard looks at them."""
-    return {"target": config.data.target, **config.data.more_targets} if config.data.target else {}
 
 
 def judge(lm: Path, asked: Asked) -> tuple[Evaluation, list[Overlap]]:
@@ -131,4 +126,4 @@ def compared(tasks: Tasks, config: RunConfig, run_dir: Path) -> list[Overlap]:
     Raises:
         DataError: the shards cannot be read.
     """
-    return guard(tasks.texts(), config.data.train, target_sets(config), read_overlaps(run_dir))
+    return guard(tasks.texts(), config.data.train, config.data.target_sets, read_overlaps(run_dir))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_dwm.analysis.overlaps import look
 from ray_dwm.analysis.preferences import SAMPLES, Asked, preferences, take_sample
 from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import Run, open_runs, versions
 from ray_dwm.config import RunConfig, load
 from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
 from ray_dwm.data.records import read_json, write_whole
-from ray_dwm.engine.checks import target_sets
 from ray_dwm.errors import DataError, UserError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import connect
@@ -69,6 +69,7 @@ def analyze(folders: Sequence[Path], asked: Analysis) -> None:
     if asked.preferences:
         for run in weighted:
             found[run.folder] = preferences_of(run, asked, _reference(run, runs, asked.reference))
+    look(runs)
     write_report(list(folders), asked.output, found)
     if asked.numbers is not None:
         write_whole(asked.numbers.absolute(), json.dumps({str(run): of for run, of in found.items()}, indent=2) + "\n")
@@ -132,7 +133,7 @@ def _files(run: Run) -> dict[str, str]:
     Raises:
         DataError: the shards are not those that the run was made with.
     """
-    sets = {"train": run.config.data.train, **target_sets(run.config)}
+    sets = {"train": run.config.data.train, **run.config.data.target_sets}
     digests = {name: file_sha256(load_manifest(folder).folder / MANIFEST) for name, folder in sets.items()}
     recorded: Mapping[str, str] = read_json(path) if (path := run.folder / "data.json").is_file() else {}
     for name, digest in digests.items():

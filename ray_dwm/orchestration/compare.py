@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ray_dwm.analysis.overlaps import look
 from ray_dwm.analysis.report import write_report
 from ray_dwm.analysis.runs import Run, open_run
 from ray_dwm.analysis.verdict import format_table, verdict
@@ -35,6 +36,7 @@ def compare(config: RunConfig) -> str:
         run_config = dataclasses.replace(each, name=f"{config.name}-{each.weighting.method}")
         train(run_config)
         runs.append(open_run(run_config.run_dir))
+    look(runs)
     report = runs[1].folder / "report.html"
     write_report([run.folder for run in runs], report, {runs[1].folder: _preferences(runs[1], report)})
     minutes = (time.monotonic() - started) / 60

@@ -12,7 +12,7 @@ from ray_dwm.data.manifest import MANIFEST, Manifest, load_manifest
 from ray_dwm.data.plan import WORTH_EPOCHS
 from ray_dwm.data.records import LOCK, is_locked
 from ray_dwm.data.shards import open_shards
-from ray_dwm.engine.checks import check_checkpoint, check_data, evaluation_sets, read_plan, seq_len
+from ray_dwm.engine.checks import check_checkpoint, check_data, read_plan, seq_len
 from ray_dwm.engine.given import build_learner
 from ray_dwm.engine.learner import State
 from ray_dwm.engine.rundir import check, read_summary
@@ -54,7 +54,7 @@ def check_sets(config: RunConfig) -> list[Finding]:
     if config.in_stages:
         check_stages(config, train)
     sizes = [f"train {train.rows} sequences of {train.seq_len} tokens"]
-    sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in evaluation_sets(config).items()]
+    sizes += [f"{name} {load_manifest(folder).rows}" for name, folder in config.data.evaluation_sets.items()]
     found = f"{', '.join(sizes)}; one tokenizer"
     rows = train.rows
     if config.data.selection != "none" and not config.in_stages:
@@ -89,7 +89,7 @@ def check_epochs(config: RunConfig, rows: int, tokens: int, stored: bool = False
 
 def check_shards(config: RunConfig) -> Finding:
     """All checksums, as `train` compares them at its start."""
-    folders = [config.data.train, *evaluation_sets(config).values()]
+    folders = [config.data.train, *config.data.evaluation_sets.values()]
     for folder in folders:
         open_shards(folder).verify()
     return Finding("checksums", "ok", f"all shards of {len(folders)} sets are as their manifests say")
@@ -231,7 +231,7 @@ def check_free(
 
 
 def _manifests(config: RunConfig) -> list[Path]:
-    folders = [config.data.train, *evaluation_sets(config).values()]
+    folders = [config.data.train, *config.data.evaluation_sets.values()]
     return [Path(folder).expanduser().absolute() / MANIFEST for folder in folders if folder]
 
 

@@ -12,8 +12,9 @@ from functools import partial
 import ray
 import yaml
 
-from ray_dwm.analysis.grid import EXPERIMENT
+from ray_dwm.analysis.grid import EXPERIMENT, read_grid
 from ray_dwm.analysis.leaderboard import Board
+from ray_dwm.analysis.overlaps import look
 from ray_dwm.analysis.publish import LEADERBOARD, write_leaderboard
 from ray_dwm.config import RunConfig, to_dict
 from ray_dwm.config.experiment import Cell, ExperimentConfig, grid, needed
@@ -92,6 +93,7 @@ def experiment(
                 failed = Pool(config, {cell: resources_of(runs[cell]) for cell in todo}, parallel, device).run()
             else:
                 failed = _one_after_another(config, todo, train, device)
+            _look(config)
         except KeyboardInterrupt:
             done = f"{sum(is_done(config, cell) for cell in cells)} of {len(cells)} cells are done"
             raise Stopped(f"experiment {config.name} interrupted, {done}: the same command continues") from None
@@ -116,7 +118,13 @@ def table(config: ExperimentConfig) -> Board:
         raise UserError(f"experiment {config.folder} does not exist: run it without --only-table first")
     if not is_locked(config.folder / LOCK):  # else those at work have written what they go by
         write_whole(config.folder / EXPERIMENT, yaml.safe_dump(to_dict(config), sort_keys=False))
+    _look(config)
     return write_leaderboard(config.folder)
+
+
+def _look(config: ExperimentConfig) -> None:
+    """Compare the sets of what is done, once for all cells that have the same."""
+    look([outcome.run for outcome in read_grid(config.folder).outcomes.values()])
 
 
 def one_cell(config: ExperimentConfig, path: str) -> bool:
@@ -137,10 +145,12 @@ def _one_after_another(config: ExperimentConfig, cells: Sequence[Cell], train: T
     for number, cell in enumerate(cells, start=1):
         say(f"[{number} of {len(cells)}] {cell.path}")
         lacking = [other.path for other in needed(config, cell).values() if other in failed]
-        begin(config, cell, device, 1)
         if lacking:
             fail(config, cell, f"it needs {', '.join(lacking)}, which failed")
-        if lacking or not run_cell(config, cell, train):
+            failed.append(cell)
+            continue
+        begin(config, cell, device, 1)
+        if not run_cell(config, cell, train):
             failed.append(cell)
     return failed
 

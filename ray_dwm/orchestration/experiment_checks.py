@@ -10,7 +10,6 @@ from pathlib import Path
 from ray_dwm.config import RunConfig
 from ray_dwm.config.experiment import Cell, ExperimentConfig
 from ray_dwm.data.manifest import MANIFEST, file_sha256, load_manifest
-from ray_dwm.engine.checks import evaluation_sets, target_sets
 from ray_dwm.errors import ConfigError, DataError, UserError
 from ray_dwm.models.presets import parameter_count
 from ray_dwm.orchestration.cells import check_cell, configure, is_done, tokens
@@ -89,17 +88,17 @@ def _tokenizer(run: RunConfig) -> str:
 
 
 def _set_digests(run: RunConfig) -> dict[str, str]:
-    sets = {"train": run.data.train, **evaluation_sets(run)}
+    sets = {"train": run.data.train, **run.data.evaluation_sets}
     return {name: file_sha256(Path(folder).expanduser() / MANIFEST) for name, folder in sets.items()}
 
 
 def _check_measure(name: str, cell: Cell, run: RunConfig, digests: Mapping[str, str]) -> None:
-    if name not in evaluation_sets(run):
+    if name not in run.data.evaluation_sets:
         raise ConfigError(
             f"{cell.path}: measure is {name!r}, and there is no such evaluation set: they are "
-            f"{', '.join(evaluation_sets(run))}"
+            f"{', '.join(run.data.evaluation_sets)}"
         )
-    learnt = ["train", *target_sets(run)]
+    learnt = ["train", *run.data.target_sets]
     if name not in learnt and any(digests[other] == digests[name] for other in learnt):
         raise DataError(f"{cell.path}: the held-out set {name}, by which the experiment decides, is also learnt from")
 

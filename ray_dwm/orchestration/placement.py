@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import MANIFEST
-from ray_dwm.engine.checks import evaluation_sets
 from ray_dwm.errors import ResourceError
 from ray_dwm.logs import say
 from ray_dwm.orchestration.cluster import (
@@ -94,7 +93,7 @@ def prove_storage(config: RunConfig) -> None:
     """
     if len(alive_nodes()) == 1 and not by_client():
         return
-    inputs = [Path(folder) / MANIFEST for folder in (config.data.train, *evaluation_sets(config).values())]
+    inputs = [Path(folder) / MANIFEST for folder in (config.data.train, *config.data.evaluation_sets.values())]
     rows = check_storage(config.run_dir.parent, inputs, _STORAGE_S)
     failed = [row for row in rows if row.state == "failed"]
     if failed:

@@ -10,8 +10,9 @@ from typing import Any
 from ray_dwm.config import RunConfig, build, to_dict
 from ray_dwm.data.manifest import Manifest
 from ray_dwm.data.shards import open_shards
-from ray_dwm.engine.checks import check_checkpoint, check_data, evaluation_sets
+from ray_dwm.engine.checks import check_checkpoint, check_data
 from ray_dwm.engine.rundir import check, claim, read_summary
+from ray_dwm.engine.saved import newest_step
 from ray_dwm.engine.stopping import stopped_by_sigterm
 from ray_dwm.evaluation.taskfile import is_path
 from ray_dwm.logs import bind, say
@@ -30,11 +31,11 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
 
     Raises:
         UserError: before anything was started.
-        Stopped: a SIGTERM came before it began.
+        Stopped: a SIGTERM came before it began, or went on.
         TrainingError: the run failed, or was stopped by a SIGTERM; the last checkpoint is intact.
     """
     manifest = check_data(config)
-    for folder in (config.data.train, *evaluation_sets(config).values()):
+    for folder in (config.data.train, *config.data.evaluation_sets.values()):
         open_shards(folder).verify()
     config = absolute(config)
     prepare_mirror(config)
@@ -47,7 +48,7 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
     overlaps = check_tasks(config)
     connect(config)
     with ExitStack() as held:
-        with stopped_by_sigterm(f"[{config.name}] stopped before it began: the same command starts it"):
+        with stopped_by_sigterm(f"[{config.name}] {_stopped(config)}"):
             _await_place(config)
             held.enter_context(claim(config))
         held.enter_context(Mirror(config))
@@ -58,6 +59,14 @@ def run(config: RunConfig, train: Callable[[RunConfig, Manifest], dict[str, Any]
             evaluations.finish()
         bind(run=None)
         return summary
+
+
+def _stopped(config: RunConfig) -> str:
+    """What a stop comes to while a place is waited for."""
+    step = newest_step(config.run_dir)
+    if step is None:
+        return "stopped before it began: the same command starts it"
+    return f"stopped before it went on from step {step}: the same command continues"
 
 
 def _await_place(config: RunConfig) -> None:

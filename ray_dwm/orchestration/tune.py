@@ -27,7 +27,7 @@ from ray_dwm.config.experiment import grid
 from ray_dwm.config.tune import TuneConfig, probes, scale_config, values_of
 from ray_dwm.data.manifest import MANIFEST, Manifest
 from ray_dwm.data.records import alone_in, write_whole
-from ray_dwm.engine.checks import check_data, evaluation_sets
+from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.rundir import check as check_folder
 from ray_dwm.engine.stopping import on_sigterm
 from ray_dwm.errors import ConfigError, DataError, Stopped, TrainingError, UserError
@@ -75,8 +75,8 @@ def check(config: TuneConfig, *, prepare: bool = True) -> Checked:
     found = Checked(config, bases, probes(config, bases[config.first]))
     for scale, run in bases.items():
         refuse_mirror(run)
-        if config.measure not in evaluation_sets(run):
-            sets = ", ".join(evaluation_sets(run)) or "none"
+        if config.measure not in run.data.evaluation_sets:
+            sets = ", ".join(run.data.evaluation_sets) or "none"
             raise ConfigError(f"measure is {config.measure!r}, and scale {scale} has no such evaluation set: {sets}")
         if prepare and sets_to_make(run, missing_only=True):
             connect(largest(list(bases.values())))
@@ -100,7 +100,7 @@ def check(config: TuneConfig, *, prepare: bool = True) -> Checked:
 
 
 def _is_prepared(run: RunConfig) -> bool:
-    folders = (run.data.train, *evaluation_sets(run).values())
+    folders = (run.data.train, *run.data.evaluation_sets.values())
     return all((Path(folder).expanduser() / MANIFEST).is_file() for folder in folders)
 
 

@@ -73,8 +73,10 @@ class Beat:
 
     def __str__(self) -> str:
         held, used, whole = (x / 2**30 for x in (self.memory_bytes, self.node_used_bytes, self.node_bytes))
+        # An attempt that continues a run and did not get to load its checkpoint has not lost that run's steps.
+        when = f"after step {self.step}" if self.step else f"before the first step of attempt {self.attempt}"
         return (
-            f"rank {self.rank} on {self.node}, after step {self.step}, holding {held:.1f} GiB of memory, {used:.1f} of "
+            f"rank {self.rank} on {self.node}, {when}, holding {held:.1f} GiB of memory, {used:.1f} of "
             f"{whole:.1f} GiB there in use"
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ray_dwm.config import RunConfig
 from ray_dwm.data.manifest import Manifest, load_manifest
-from ray_dwm.engine.checks import target_sets
 from ray_dwm.errors import ConfigError, DataError
 
 _LEAST = 8
@@ -17,7 +16,7 @@ def read_targets(config: RunConfig, pool: Manifest) -> dict[str, Manifest]:
     Raises:
         ConfigError, DataError: there is none, or one does not fit; naming the key or file and the remedy.
     """
-    targets = {name: load_manifest(folder) for name, folder in target_sets(config).items()}
+    targets = {name: load_manifest(folder) for name, folder in config.data.target_sets.items()}
     if not targets:
         raise ConfigError(
             f"data.target is empty: selection by {config.data.selection} needs a target set, name a folder of token "

@@ -86,6 +86,17 @@ def test_contamination_above_its_threshold() -> None:
     ]
 
 
+def test_seeds_are_counted_for_each_pair_of_sets() -> None:
+    """Else the second seed's held-out set would be counted for the first's target set."""
+    both, one = (
+        cautions.contaminated([overlap(what, 100) for what in names]) for names in (("target", "test"), ("test",))
+    )
+    assert [found.found.partition(" are")[0] for found in cautions._merged([both, one])] == [
+        "in 1 of 2 seeds; 50.00% of target",
+        "in 2 of 2 seeds; 50.00% of test",
+    ]
+
+
 @pytest.mark.parametrize(("times", "said"), [(1.0, None), (1.5, "1.50 times"), (5.0, "5.00 times, and beyond 4 that")])
 def test_data_that_ran_out(times: float, said: str | None) -> None:
     found = cautions.repeated("the run", times)

@@ -27,6 +27,26 @@ def test_overrides_win_over_files_and_files_over_defaults(tmp_path: Path) -> Non
     assert load([first], ["train.steps=100", "data.held_out.books=", "data.held_out.code=y"]).data.held_out == {"code": "y"}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "targets", "held_out"),
+    [
+        ([], {}, {}),
+        (["data.held_out.law=l"], {}, {"law": "l"}),
+        (
+            ["data.target=t", "data.more_targets.code=c", "data.held_out.law=l"],
+            {"target": "t", "code": "c"},
+            {"law": "l"},
+        ),
+    ],
+)
+def test_what_is_minimised_and_what_is_evaluated(
+    overrides: list[str], targets: dict[str, str], held_out: dict[str, str]
+) -> None:
+    data = load([], overrides).data
+    assert data.target_sets == targets
+    assert data.evaluation_sets == targets | held_out
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
     config = load([file])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from gloo import run
+from small_llama import alignments, cosine, train_batch
 from synthetic import tiny_config
-from test_bilevel import alignments, cosine, train_batch
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaForCausalLM

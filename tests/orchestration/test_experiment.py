@@ -119,6 +119,8 @@ def test_a_failed_cell_is_said_and_tried_again_and_the_others_go_on(
     board = (config.folder / "leaderboard.md").read_text()
     assert "- tiny/dwm/seed-0: failed: no memory." in board
     assert "- tiny/frozen/seed-0: failed: it needs tiny/dwm/seed-0, which failed." in board
+    left_out = read_json(record_path(config.folder, Cell("tiny", "frozen", 0)))
+    assert left_out.keys() == {"state", "reason"}  # it ran on no device and with no code
     assert "tiny/dwm/seed-0 failed: no memory" in capsys.readouterr().out
     mended = Trainer()
     run(config, mended)

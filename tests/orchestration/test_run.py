@@ -69,3 +69,17 @@ def test_a_sigterm_while_a_place_is_waited_for_is_one_line(
     assert signal.getsignal(signal.SIGTERM) == before
     assert getattr(raised.value, "exit_code", 1) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_that_was_interrupted_before_has_begun(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(shards, tmp_path / "runs")
+    checkpoint = config.run_dir / "checkpoints" / "step_00000040"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").touch()
+    for name in ("check_checkpoint", "connect"):
+        monkeypatch.setattr(run, name, lambda *arguments: None)
+    monkeypatch.setattr(run, "await_resources", waits)
+    with pytest.raises(Stopped, match=r"^\[run\] stopped before it went on from step 40: the same command continues$"):
+        run.run(config, never)

@@ -58,6 +58,14 @@ def test_one_that_is_gone_comes_before_those_that_lost_it(tmp_path: Path) -> Non
     assert told.startswith("rank 1 on b (10.0.0.2), after step 57, holding 3.0 GiB") and "dmesg" in told
 
 
+def test_an_attempt_that_has_loaded_nothing_has_not_lost_the_runs_steps(tmp_path: Path) -> None:
+    """Attempt 2 goes on from a checkpoint: "after step 0" would say that the run is at its beginning."""
+    leave(tmp_path, replace(failed(0, 9.0, "OSError: x"), step=0))
+    assert first_failure(tmp_path, {0: OSError("x")}).startswith(
+        "rank 0 on n0, before the first step of attempt 2, holding 3.0 GiB"
+    )
+
+
 @pytest.mark.parametrize("beats", [[], [replace(BEAT, attempt=1, rank=1, error="of an attempt before")]])
 def test_without_a_word_of_it_ray_is_quoted(tmp_path: Path, beats: list[Beat]) -> None:
     leave(tmp_path, *beats, replace(BEAT, rank=3))
