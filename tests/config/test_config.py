@@ -24,7 +24,8 @@ def test_overrides_win_over_files_and_files_over_defaults(tmp_path: Path) -> Non
     config = load([first, second], ["train.steps=1_000", "dwm.lm_features=on", "data.held_out.code=z"])
     assert (config.train.steps, config.train.lr, config.dwm.lm_features) == (1000, 1e-4, True)
     assert config.data.held_out == {"books": "x", "code": "z"}
-    assert load([first], ["train.steps=100", "data.held_out.books=", "data.held_out.code=y"]).data.held_out == {"code": "y"}
+    left_out = load([first], ["train.steps=100", "data.held_out.books=", "data.held_out.code=y"])
+    assert left_out.data.held_out == {"code": "y"}
 
 
 @pytest.mark.parametrize(
