@@ -29,7 +29,8 @@ OPTIONS += ("bilevel.estimator=central", "bilevel.epsilon=0.1", "train.eps=1e-4"
 def three_nodes() -> Iterator[Cluster]:
     """A cluster of three nodes of one logical CPU: room for a worker each, and none that is left over."""
     node = {"num_cpus": 1, "object_store_memory": 150_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    head = {**node, "include_dashboard": False, "include_log_monitor": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(**node)
     yield cluster
@@ -53,6 +54,7 @@ def test_a_lost_node_leaves_the_run_to_the_others(
     config = tiny_config(shards, tmp_path, *OPTIONS, "name=shrinks")
     # Ray Train plans with a lost node for up to 20 s, and each time waits so long for a place on it.
     waiting = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    waiting["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the node goes without a word
     console = Console({**os.environ, **waiting, "RAY_ADDRESS": three_nodes.address}, tmp_path)
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"

@@ -44,6 +44,7 @@ def pods(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.chdir(ROOT)
     head = {kind: float(amount) for kind, amount in spec["headGroupSpec"]["resources"].items()}
     options = {"num_cpus": head.pop("CPU"), "resources": head, "include_dashboard": True, "dashboard_port": 0}
+    options["include_log_monitor"] = False
     cluster = Cluster(initialize_head=True, head_node_args=options)
     for group in spec["workerGroupSpecs"]:
         [container] = group["template"]["spec"]["containers"]
