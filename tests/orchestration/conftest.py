@@ -16,8 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from ray_dwm.config import RunConfig, to_yaml
+from ray_dwm.orchestration.cluster import NAMESPACE
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -63,6 +65,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             with suppress(psutil.NoSuchProcess):  # it may have ended by itself
                 process.kill()
         head.wait(PATIENCE_S)
+
+
+@pytest.fixture(scope="session")
+def driver(cluster: dict[str, str]) -> Iterator[None]:
+    """This process as a driver of the cluster, once for all tests: every driver has workers of its own started."""
+    ray.init(address=cluster["RAY_ADDRESS"], namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 PATIENCE_S = 400.0

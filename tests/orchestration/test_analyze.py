@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from local import sweep
 from synthetic_runs import write_run
 from test_preferences import diverse_late, planted, reference_lm
@@ -23,14 +22,6 @@ from ray_dwm.data.records import read_json
 from ray_dwm.engine.rundir import data_digests
 from ray_dwm.errors import UserError
 from ray_dwm.orchestration.analyze import Analysis, analyze, apart, preferences_of
-
-
-@pytest.fixture(scope="module")
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("driver")

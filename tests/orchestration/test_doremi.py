@@ -8,7 +8,6 @@ from typing import Any
 
 import gloo
 import pytest
-import ray
 from synthetic import make_shards, tiny_config
 
 from ray_dwm.data.manifest import Manifest, load_manifest
@@ -26,14 +25,6 @@ ROWS = 60
 OPTIONS = ("data.selection=doremi", f"selection.budget={ROWS * 16}", "selection.block_tokens=1600")
 OPTIONS += ("selection.proxy.preset=tiny", "selection.proxy.steps=60", "selection.proxy.lr=1e-2", "train.eval_every=60")
 OPTIONS += ("checkpoint.every=40", "weighting.group_dro.eta=0.1", "cluster.workers=2", "train.micro_batch=4")
-
-
-@pytest.fixture
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
 import torch.distributed as dist
-from orchestration.conftest import wait_for
+from orchestration.conftest import PATIENCE_S, wait_for
 from synthetic import VOCAB, tiny_config
 
-from ray_dwm.config import BilevelConfig, DwmConfig, RunConfig
+from ray_dwm.config import BilevelConfig, DwmConfig
 from ray_dwm.engine.learner import DwmLearner, Feedback, State
 from ray_dwm.models.dwm import dwm_shape
 from ray_dwm.orchestration.dwm_actor import DwmService, RemoteWeightService, create_actor
@@ -90,27 +88,27 @@ def test_rolling_back_makes_the_same_versions_again() -> None:
 
 
 @pytest.fixture
-def remote(cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path) -> Iterator[tuple[Any, RunConfig]]:
+def actor(driver: None, shards: dict[str, Path], tmp_path: Path) -> Iterator[Any]:
     """A real actor and a process group of one."""
     config = tiny_config(shards, tmp_path, f"name=actor-{tmp_path.name}")
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR", namespace="ray_dwm")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
-    yield create_actor(config, learner()), config
+    actor = create_actor(config, learner())
+    yield actor
+    ray.kill(actor)
     dist.destroy_process_group()
-    ray.shutdown()
 
 
-def test_killed_actor_is_remade_from_the_last_state_and_the_feedback_since(remote: tuple[Any, RunConfig]) -> None:
-    actor, _ = remote
+def test_killed_actor_is_remade_from_the_last_state_and_the_feedback_since(actor: Any) -> None:
     service = RemoteWeightService(actor)
     service.restore(learner().state())
     service.submit(feedback(1))
     assert_same(service.fetch(1), expected(1))
     wait_for(lambda: _pids(actor), "the list of actors, which lags behind,")
     (pid,) = _pids(actor)
+    process = psutil.Process(pid)
     service.submit(feedback(2))
-    os.kill(pid, signal.SIGKILL)
-    time.sleep(0.2)
+    process.kill()
+    process.wait(PATIENCE_S)
     service.submit(feedback(3))
     assert_same(service.fetch(2), expected(2))
     assert_same(service.fetch(3), expected(3))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from synthetic import make_shards
 
 from ray_dwm.data.plan import ReadPlan
@@ -18,13 +16,7 @@ from ray_dwm.errors import DataError
 from ray_dwm.orchestration import ingest
 from ray_dwm.orchestration.ingest import RayDataSource
 
-
-@pytest.fixture(scope="module", autouse=True)
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("driver")
 
 
 @pytest.mark.parametrize(

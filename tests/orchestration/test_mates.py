@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from orchestration.conftest import Console, wait_for
 from orchestration.test_train import figures
 from synthetic import tiny_config
@@ -108,17 +107,13 @@ def test_the_choice_cannot_change_on_the_way(undisturbed: RunConfig, shards: dic
 
 
 def test_select_asks_a_finished_run(
-    undisturbed: RunConfig, shards: dict[str, Path], cluster: dict[str, str], tmp_path: Path
+    undisturbed: RunConfig, shards: dict[str, Path], driver: None, tmp_path: Path
 ) -> None:
     options = (*OPTIONS, f"selection.output={tmp_path / 'out'}", "selection.budget=1024")
     (tmp_path / "alone").symlink_to(undisturbed.run_dir / "hf")
     with pytest.raises(DataError, match=r"proxy LM .*/alone has no checkpoint beside it"):
         plan_selection(tiny_config(shards, tmp_path, *options, f"selection.proxy.folders={tmp_path / 'alone'}"))
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    try:
-        folder = select(tiny_config(shards, tmp_path, *options, f"selection.proxy.folders={undisturbed.run_dir}"))
-    finally:
-        ray.shutdown()
+    folder = select(tiny_config(shards, tmp_path, *options, f"selection.proxy.folders={undisturbed.run_dir}"))
     assert load_manifest(folder).rows == 64
     record = json.loads((folder / "selection.json").read_text())
     assert record["method"] == "mates" and record["notes"]["probes"] == 24

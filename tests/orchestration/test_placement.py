@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -20,8 +21,11 @@ from ray_dwm.orchestration.findings import Finding
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Time that passes by sleeping alone."""
     now = [0.0]
-    monkeypatch.setattr(placement.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(placement.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     return now
 
 

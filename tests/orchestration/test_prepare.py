@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from ray_dwm.config import PrepareConfig
 from ray_dwm.data.manifest import load_manifest
@@ -19,12 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "corpus" / "tokenizer"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("driver")
 
 
 def write_text(folder: Path, files: int = 4) -> Path:

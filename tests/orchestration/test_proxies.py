@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from lms import tiny_lm
 from synthetic import tiny_config
 
@@ -90,14 +89,6 @@ def test_named_folders_are_known_by_their_weights(shards: dict[str, Path], tmp_p
     a, b, run = plan_proxies(config, load_manifest(shards["train"]))
     assert a.digest == run.digest != b.digest
     assert run.folder == tmp_path / "run" / "hf"
-
-
-@pytest.fixture
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def dsdm_config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from local import sweep
 from test_dwm_scores import saved
 
@@ -24,14 +22,6 @@ from ray_dwm.orchestration.score import score
 from ray_dwm.selection.method import Task
 from ray_dwm.selection.methods import score as scores_of
 from ray_dwm.selection.scores import gather
-
-
-@pytest.fixture(scope="module")
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def settings(shards: dict[str, Path], tmp_path: Path, *overrides: str) -> RunConfig:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from orchestration.conftest import PATIENCE_S
 from synthetic import make_shards, tiny_config
 
@@ -31,6 +30,8 @@ from ray_dwm.orchestration.write import write_rows
 from ray_dwm.selection.method import Arrays, Task
 from ray_dwm.selection.methods import score
 
+pytestmark = pytest.mark.usefixtures("driver")
+
 ROWS = 40
 
 _SELECT = """
@@ -39,14 +40,6 @@ from ray_dwm.config import load
 from ray_dwm.orchestration.select import select
 select(load([sys.argv[1]]))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:

@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -20,13 +19,7 @@ from ray_dwm.errors import DataError, ResourceError, TrainingError
 from ray_dwm.orchestration.sweep import RaySweep, _folder_name, _raised, _run
 from ray_dwm.selection.method import Arrays
 
-
-@pytest.fixture(scope="module", autouse=True)
-def driver(cluster: dict[str, str]) -> Any:
-    """This process as a driver of the cluster."""
-    ray.init(address=cluster["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("driver")
 
 
 def test_finished_blocks_survive_a_failure(shards: dict[str, Path], tmp_path: Path) -> None:
