@@ -15,7 +15,7 @@ import pytest
 from orchestration.test_watch import BEAT, leave
 from synthetic import tiny_config
 
-from ray_dwm.config import RunConfig
+from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.engine.checks import check_data
 from ray_dwm.engine.mesh import TIMEOUT_S
 from ray_dwm.engine.rundir import record_failure, running_path, stop_path
@@ -32,13 +32,31 @@ WITHOUT_GPU = {
 
 
 HEAVY = ("transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib")
+CODE = f"""
+import sys
+import ray_dwm.orchestration.dwm_actor, ray_dwm.orchestration.train
+from ray_dwm.config import load
+from ray_dwm.orchestration.tracking import sinks
+
+def tracked(mode):
+    return len(sinks(load([sys.argv[1]], [f"tracking.wandb={{mode}}"]))), "wandb" in sys.modules
+
+print(*tracked("off"))
+import ray_dwm.orchestration.trial
+print("loaded:", *(name for name in {HEAVY} if name in sys.modules))
+print(*tracked("offline"))
+"""
 
 
-@pytest.mark.parametrize("module", ["train", "trial", "dwm_actor"])
-def test_what_only_waits_for_workers_starts_without_what_they_need(module: str) -> None:
-    loaded = f"import sys, ray_dwm.orchestration.{module}; print(*(name for name in {HEAVY} if name in sys.modules))"
-    found = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == []
+def test_what_only_waits_for_workers_imports_neither_what_they_need_nor_what_is_switched_off(
+    shards: dict[str, Path], tmp_path: Path
+) -> None:
+    config = tiny_config(shards, tmp_path)
+    config.run_dir.mkdir()
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-c", CODE, str(tmp_path / "c.yaml")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[:2] == ["0 False", "loaded:"] and told[-1] == "1 True"
 
 
 @pytest.mark.parametrize(("gpus", "environment"), [(0, WITHOUT_GPU), (1, {}), (0.5, {})])
