@@ -11,12 +11,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.orchestration.cluster import NAMESPACE
@@ -73,6 +74,17 @@ def driver(cluster: dict[str, str]) -> Iterator[None]:
     ray.init(address=cluster["RAY_ADDRESS"], namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@contextmanager
+def held(cpus: int) -> Iterator[None]:
+    """A while in which others hold some of the cluster's CPUs; this process is a driver of it."""
+    group = placement_group([{"CPU": cpus}])
+    try:
+        assert group.wait(PATIENCE_S)
+        yield
+    finally:
+        remove_placement_group(group)
 
 
 PATIENCE_S = 400.0

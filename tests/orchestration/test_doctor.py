@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from orchestration.conftest import PATIENCE_S, ROOT, Console
+from orchestration.conftest import PATIENCE_S, ROOT, Console, held
 from synthetic import tiny_config
 from typer.testing import CliRunner
 
@@ -105,22 +109,30 @@ def test_a_selection_that_cannot_be_made_is_found(shards: dict[str, Path], tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_of_a_storage_check_that_is_cut_off_goes_with_the_process(tmp_path: Path) -> None:
-    code = f"""
-import time
-from pathlib import Path
-from ray_dwm.orchestration import doctor_probes
-from ray_dwm.orchestration.findings import run_check
+def test_the_folder_of_a_storage_check_that_is_cut_off_goes_with_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    hangs, over, storage = threading.Event(), threading.Event(), tmp_path / "new" / "runs"
 
-doctor_probes.alive_nodes = lambda: []
-doctor_probes.on_nodes = lambda *rest: time.sleep(60)
-storage = Path({str(tmp_path)!r}) / "new" / "runs"
-run_check("storage", lambda: doctor_probes.check_storage(storage, [], 1), 1.0)
-print(len(list(storage.iterdir())))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S)
-    assert done.stdout == "1\n", done.stderr
+    def hanging(*rest: Any) -> tuple[list[Any], list[Finding]]:
+        hangs.set()
+        over.wait(PATIENCE_S)
+        return [], []
+
+    def register(function: Callable[..., None], *arguments: Any) -> None:
+        at_exit.append(partial(function, *arguments))
+
+    monkeypatch.setattr(doctor_probes, "alive_nodes", list)
+    monkeypatch.setattr(doctor_probes, "on_nodes", hanging)
+    monkeypatch.setattr(doctor_probes, "atexit", SimpleNamespace(register=register, unregister=lambda function: None))
+    (row,) = run_check("storage", lambda: doctor_probes.check_storage(storage, [], 1), 0.1)
+    assert row.found == "no answer within 0.1 s" and hangs.wait(PATIENCE_S)
+    assert len(list(storage.iterdir())) == 1
+    for function in at_exit:
+        function()
     assert list(tmp_path.iterdir()) == []
+    over.set()
 
 
 def test_texts_that_are_not_there_have_a_remedy(shards: dict[str, Path], tmp_path: Path) -> None:
@@ -156,7 +168,7 @@ def test_a_check_ends_whatever_it_does() -> None:
 
 
 def test_an_address_at_which_something_else_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_ANSWER_S", 2.0)
+    monkeypatch.setattr(doctor, "_ANSWER_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -203,17 +215,6 @@ def test_nothing_but_json_on_standard_output(monkeypatch: pytest.MonkeyPatch) ->
     assert "raylet" in done.stderr
 
 
-def rows_of(console: Console, run: RunConfig, code: int) -> dict[str, Finding]:
-    file = console.folder / "run.yaml"
-    file.write_text(to_yaml(run))
-    command = [sys.executable, "-m", "ray_dwm.cli", "doctor", "--config", str(file), "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=console.environment, cwd=ROOT, timeout=PATIENCE_S
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return {row["check"]: Finding(**row) for row in json.loads(done.stdout)}
-
-
 def test_on_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
     good = tiny_config(shards, tmp_path / "new" / "runs", "cluster.workers=2", "train.micro_batch=4", "name=good")
     console.environment = {**console.environment, "COLUMNS": "160"}
@@ -221,12 +222,23 @@ def test_on_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path)
     for words in ("2 x CPU over gloo: all-reduce right", "lm.attention=auto takes", "written and read by 1 node"):
         assert words in output
     assert "failed" not in output
-    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.log", "good.yaml"]
 
+
+@pytest.fixture
+def examine(driver: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], dict[str, Finding]]:
+    """The rows of a run, with this process as a driver, which it stays."""
+    monkeypatch.setattr(doctor, "_shutdown", list)
+    return lambda run: {row.check: row for row in doctor.Doctor(run).examine()}
+
+
+def test_a_run_that_cannot_be(
+    shards: dict[str, Path], examine: Callable[[RunConfig], dict[str, Finding]], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     missing = {**shards, "train": tmp_path / "nowhere"}
     bad = tiny_config(missing, tmp_path / "file" / "runs", "cluster.workers=8", "train.micro_batch=1")
-    rows = rows_of(console, bad, code=2)
+    rows = examine(bad)
     assert {name for name, row in rows.items() if row.state == "failed"} == {
         "data",
         "run folder",
@@ -244,43 +256,30 @@ def test_on_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path)
     assert rows["run name"].state == "ok"
     assert rows["attention"].state == "ok"  # a node that holds one worker is enough for it
     assert has_failed(rows.values())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "good.log", "good.yaml", "run.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-_HOLD = """
-import sys
-import ray
-from ray.util.placement_group import placement_group
-
-ray.init(log_to_driver=False, logging_level="ERROR")
-group = placement_group([{"CPU": int(sys.argv[1])}])
-assert group.wait(400)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize(("held", "attention"), [(7, "ok"), (8, "skipped")])
 def test_on_a_cluster_that_others_use(
-    shards: dict[str, Path], console: Console, tmp_path: Path, held: int, attention: str
+    shards: dict[str, Path], examine: Callable[[RunConfig], dict[str, Finding]], tmp_path: Path
 ) -> None:
     run = tiny_config(shards, tmp_path / "runs", "cluster.workers=2", "train.micro_batch=4")
-    command = [sys.executable, "-c", _HOLD, str(held)]
-    environment = {**os.environ, **console.environment}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        rows = rows_of(console, run, code=0)
-        other.communicate("")
+    with held(7):
+        rows = examine(run)
+    assert not has_failed(rows.values())
     assert rows["resources"].state == "warning"
-    assert rows["resources"].found.endswith(f"but now only {8 - held} CPUs are free")
-    assert rows["attention"].state == attention
+    assert rows["resources"].found.endswith("but now only 1 CPUs are free")
+    assert rows["attention"].state == "ok"
     assert rows["process group"].state == "skipped"
     assert rows["process group"].found.startswith("others hold what the workers need")
 
 
 def test_through_ray_client(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
     run = tiny_config(shards, tmp_path / "runs", "cluster.workers=2", "train.micro_batch=4")
-    console.environment = {**console.environment, "RAY_ADDRESS": console.environment["CLIENT_ADDRESS"]}
-    rows = rows_of(console, run, code=0)
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(run))
+    command = [sys.executable, "-m", "ray_dwm.cli", "doctor", "--config", str(file), "--json"]
+    by_client = {**console.environment, "RAY_ADDRESS": console.environment["CLIENT_ADDRESS"]}
+    done = subprocess.run(command, capture_output=True, text=True, env=by_client, cwd=ROOT, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["check"]: Finding(**row) for row in json.loads(done.stdout)}
     assert [rows[name].state for name in ("Ray", "resources", "storage", "attention", "process group")] == ["ok"] * 5

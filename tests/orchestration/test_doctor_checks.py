@@ -264,6 +264,18 @@ def test_attention(
 
 
 @pytest.mark.parametrize(
+    ("cpus", "found"),
+    [(8.0, "others hold what a worker needs on 1 of 1 node"), (0.0, "no node can hold a worker")],
+)
+def test_attention_is_not_tried_where_no_worker_finds_room(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, found: str
+) -> None:
+    monkeypatch.setattr(doctor_probes, "alive_nodes", lambda: [{"NodeID": "a", "Resources": {"CPU": cpus}}])
+    rows = doctor_probes.check_attention(config(), 64, 128, {"a": {"CPU": 0.0}}, 1)
+    assert rows == [Finding("attention", "skipped", found)]
+
+
+@pytest.mark.parametrize(
     ("right", "error", "state"), [(True, 1e-8, "ok"), (False, 1e-8, "failed"), (True, 1e-2, "failed")]
 )
 def test_group(right: bool, error: float, state: str) -> None:
