@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from orchestration.conftest import Console
 from ray.exceptions import AuthenticationError
 from synthetic import tiny_config
 
@@ -21,23 +20,28 @@ from ray_dwm.orchestration.cluster import (
     room_for_workers,
     warn_if_temporary,
 )
+from ray_dwm.orchestration.train import train
 
 
-def test_too_small_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
+def test_too_small_a_cluster(
+    shards: dict[str, Path], driver: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(shards, tmp_path / "runs", "train.micro_batch=1", "cluster.workers=8")
-    output = console.finish(config, console.start(config), code=2)
-    assert output.count("\n") == 1
-    assert output.startswith("error: the run needs 10 CPUs")
-    assert "the cluster has" in output
-    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ResourceError, match=r"^the run needs 10 CPUs .* the cluster has 8: ") as raised:
+        train(config)
+    assert raised.value.exit_code == 2 and "\n" not in str(raised.value)
+    assert capsys.readouterr().out == "" and not (tmp_path / "runs").exists()
 
 
-def test_unreachable_cluster(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
+def test_unreachable_cluster(shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(shards, tmp_path / "runs")
-    console.environment = {**console.environment, "RAY_ADDRESS": "127.0.0.1:9"}
-    output = console.finish(config, console.start(config), code=2)
-    assert output.splitlines()[-1].startswith("error: no Ray cluster answers at 127.0.0.1:9")
-    assert "`ray start --head`" in output
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    with pytest.raises(
+        ResourceError, match=r"^no Ray cluster answers at 127\.0\.0\.1:9 .*`ray start --head`"
+    ) as raised:
+        train(config)
+    assert raised.value.exit_code == 2 and "\n" not in str(raised.value)
     assert not (tmp_path / "runs").exists()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import ray
-from orchestration.conftest import Console
 from safetensors.torch import load_file
 from synthetic import tiny_config
 from texts import CODE, HILL, SEA, shuffled_words, text_shards
@@ -27,6 +26,7 @@ from ray_dwm.evaluation.scores import Evaluation, Score, read_evaluations, read_
 from ray_dwm.orchestration import evaluate
 from ray_dwm.orchestration.cluster import needed
 from ray_dwm.orchestration.evaluate import Evaluations, check_tasks
+from ray_dwm.orchestration.train import train
 
 ITEMS = [{"context": f"{name} went out to see the", "last_word": "sea"} for name in ("Anne", "Mary", "Jane")]
 
@@ -51,10 +51,15 @@ def config_of(texts: dict[str, Path], tmp_path: Path, *options: str) -> RunConfi
 
 
 def test_a_run_is_evaluated_while_it_trains_and_at_its_end(
-    texts: dict[str, Path], console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    texts: dict[str, Path],
+    driver: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = config_of(texts, tmp_path, "evaluation.shots=0,1")
-    output = console.finish(config, console.start(config))
+    train(config)
+    output = capsys.readouterr().out
     kept = {each.step: each for each in read_evaluations(config.run_dir)}
     assert 6 in kept and kept.keys() & {2, 4}
     for step in {2, 4} - kept.keys():
@@ -65,8 +70,8 @@ def test_a_run_is_evaluated_while_it_trains_and_at_its_end(
     assert {of.what for of in read_overlaps(config.run_dir)} == {"clean", "the target set"}
     # The last checkpoint's export is the finished LM, and scores of either are those of the other.
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    train = load_manifest(config.data.train)
-    export_checkpoint(config, train, checkpoint_path(config.run_dir, 6), tmp_path / "lm")
+    pool = load_manifest(config.data.train)
+    export_checkpoint(config, pool, checkpoint_path(config.run_dir, 6), tmp_path / "lm")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "lm", config.run_dir / "hf"))
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
     again = Tasks(config.evaluation.tasks, tmp_path / "yaml").evaluate(tmp_path / "lm", (0, 1), step=6, tokens=2304)
@@ -74,7 +79,7 @@ def test_a_run_is_evaluated_while_it_trains_and_at_its_end(
     assert list(again.scores) == list(kept[6].scores)
     (tmp_path / "damaged").mkdir()
     with pytest.raises(TrainingError, match=r"cannot be read: .metadata is missing"):
-        export_checkpoint(config, train, tmp_path / "damaged", tmp_path / "other")
+        export_checkpoint(config, pool, tmp_path / "damaged", tmp_path / "other")
 
 
 def evaluation(step: int) -> Evaluation:

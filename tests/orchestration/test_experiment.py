@@ -284,28 +284,23 @@ def test_a_cluster_of_ones_own_has_room_for_all_cells_at_once(
         experiment(config, choose(config, [], []), parallel=2)
 
 
-def call(console: Console, file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ray_dwm.cli", "experiment", str(file), *arguments]
-    return subprocess.run(
-        command, env=console.environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-
-
 def test_a_real_experiment_survives_a_failed_cell_and_repeats_itself(
-    shards: dict[str, Path], console: Console, tmp_path: Path
+    shards: dict[str, Path], driver: None, console: Console, tmp_path: Path
 ) -> None:
     config = declare(shards, tmp_path)
-    arguments = (f"storage={tmp_path / 'runs'}", "--methods", "dwm", "--seeds", "0")
     busy = config.folder / "tiny/dwm/seed-0"
     busy.mkdir(parents=True)
     with (busy / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if another process trained it
-        first = call(console, tmp_path / "x.yaml", *arguments)
-    assert first.returncode == 1, first.stdout + first.stderr
-    assert "1 of 2 cells failed (tiny/dwm/seed-0)" in first.stderr.splitlines()[-1]
+        with pytest.raises(TrainingError, match=r"1 of 2 cells failed \(tiny/dwm/seed-0\)"):
+            experiment(config, choose(config, ["dwm"], [0]))
     done = {path: path.read_bytes() for path in config.folder.glob("tiny/*/*/metrics.jsonl")}
     assert len(done) == 1
-    second = call(console, tmp_path / "x.yaml", *arguments, "--parallel", "2")
+    arguments = (f"storage={config.storage}", "--methods", "dwm", "--seeds", "0", "--parallel", "2")
+    command = [sys.executable, "-m", "ray_dwm.cli", "experiment", str(tmp_path / "x.yaml"), *arguments]
+    second = subprocess.run(
+        command, env=console.environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert second.returncode == 0, second.stdout + second.stderr
     assert "2 cells, 1 are done" in second.stdout and "tiny/dwm/seed-0 is done" in second.stdout
     assert {path: path.read_bytes() for path in done} == done
