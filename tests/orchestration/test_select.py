@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import PATIENCE_S
+from orchestration.conftest import PATIENCE_S, wait_for
 from synthetic import make_shards, tiny_config
 
-from ray_dwm.config import to_yaml
 from ray_dwm.config.selection import SelectionConfig
 from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.records import LOCK, locked
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.usefixtures("driver")
 
 ROWS = 40
 
-_SELECT = """
-import sys
-from ray_dwm.config import load
-from ray_dwm.orchestration.select import select
-select(load([sys.argv[1]]))
-"""
-
 
 def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
     """Forty sequences of sixteen tokens by DSIR on token ids, for the target set of Markov rows."""
@@ -50,18 +43,23 @@ def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
     )
 
 
-def test_select_writes_shards_that_train_takes(shards: dict[str, Path], tmp_path: Path) -> None:
-    folder = select(config(shards, tmp_path, "selection.keep_scores=true"))
-    manifest, record = load_manifest(folder), json.loads((folder / "selection.json").read_text())
-    open_shards(str(folder)).verify()
+@pytest.fixture(scope="module")
+def made(driver: None, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a selection, with its scores."""
+    return select(config(shards, tmp_path_factory.mktemp("made"), "selection.keep_scores=true"))
+
+
+def test_select_writes_shards_that_train_takes(shards: dict[str, Path], made: Path) -> None:
+    manifest, record = load_manifest(made), json.loads((made / "selection.json").read_text())
+    open_shards(str(made)).verify()
     assert manifest.rows == ROWS and manifest.domains["good"].rows >= 38
     pool = open_shards(str(shards["train"]))
-    chosen = open_shards(str(folder)).take(np.arange(ROWS))
+    chosen = open_shards(str(made)).take(np.arange(ROWS))
     places = {int(key): row for row, key in enumerate(pool.sample_ids())}
     rows = np.array([places[int(key)] for key in chosen.sample_ids])
     assert (np.diff(rows) > 0).all()
     assert np.array_equal(pool.take(rows).input_ids, chosen.input_ids)
-    scores = pq.read_table(folder / "scores.parquet")
+    scores = pq.read_table(made / "scores.parquet")
     assert scores.column("sample_id").to_pylist() == pool.sample_ids().tolist()
     assert record["tokens"] == {"pool": 256 * 16, "selected": ROWS * 16}
     assert record["domains"]["good"]["tokens_selected"] == manifest.domains["good"].tokens
@@ -72,62 +70,59 @@ def test_select_writes_shards_that_train_takes(shards: dict[str, Path], tmp_path
         "targets": {"target": str(shards["target"])},
         "proxies": [],
     }
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in made.parent.iterdir()] == ["out"]
 
 
 def test_the_same_command_again_and_another_one(
-    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: dict[str, Path], made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = select(config(shards, tmp_path))
-    before = (folder / "manifest.json").read_bytes()
-    assert select(config(shards, tmp_path, "selection.tasks=1")) == folder
+    root, before = made.parent, (made / "manifest.json").read_bytes()
+    assert select(config(shards, root, "selection.tasks=1")) == made
     assert "is there already" in capsys.readouterr().out
-    seed = f"selection.seed={config(shards, tmp_path).seed}"
-    assert select(config(shards, tmp_path, "seed=7", seed)) == folder  # one for runs of several seeds
+    seed = f"selection.seed={config(shards, root).seed}"
+    assert select(config(shards, root, "seed=7", seed)) == made  # one for runs of several seeds
     with pytest.raises(UserError, match="exists already and is another selection"):
-        select(config(shards, tmp_path, "seed=7"))
+        select(config(shards, root, "seed=7"))
     with pytest.raises(UserError, match="exists already and is another selection"):
-        select(config(shards, tmp_path, "selection.temperature=2"))
-    assert (folder / "manifest.json").read_bytes() == before
+        select(config(shards, root, "selection.temperature=2"))
+    assert (made / "manifest.json").read_bytes() == before
 
 
-def test_processes_that_want_the_same_selection_take_turns(
-    cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path
+def test_those_that_want_the_same_selection_take_turns(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = config(shards, tmp_path)
-    (tmp_path / "config.yaml").write_text(to_yaml(wanted))
-    command = [sys.executable, "-c", _SELECT, str(tmp_path / "config.yaml")]
-    work = tmp_path / ".out.work"
+    """A thread in place of another process: a lock is a file descriptor's."""
+    out, work = io.StringIO(), tmp_path / ".out.work"
+    monkeypatch.setattr(sys, "stdout", out)
     work.mkdir()
-    with locked(work / LOCK, list):
-        waiting = subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, text=True)
-        assert waiting.stdout is not None
-        line = next(line for line in waiting.stdout if "another process" in line)
-        assert f"is at work on {tmp_path / 'out'}: waiting for it" in line
-    assert "selection: " in waiting.communicate(timeout=PATIENCE_S)[0] and waiting.returncode == 0
+    with ThreadPoolExecutor() as pool:
+        with locked(work / LOCK, list):
+            waiting = pool.submit(select, config(shards, tmp_path))
+            told = f"another process is at work on {tmp_path / 'out'}: waiting for it"
+            wait_for(lambda: told in out.getvalue(), "the word that it waits")
+            assert not waiting.done()
+        assert waiting.result(PATIENCE_S) == tmp_path / "out"
+    assert "selection: " in out.getvalue()
     assert load_manifest(tmp_path / "out").rows == ROWS
     assert not work.exists()
 
 
-def test_output_does_not_depend_on_tasks_and_blocks(shards: dict[str, Path], tmp_path: Path) -> None:
-    contents = []
-    for name, options in {"a": ["selection.tasks=1"], "b": ["selection.tasks=3", "selection.block_tokens=112"]}.items():
-        folder = select(config(shards, tmp_path, *options, f"selection.output={tmp_path / name}"))
-        contents.append([(folder / name).read_bytes() for name in ("manifest.json", "part-00000.arrow")])
-    assert contents[0] == contents[1]
+def test_output_does_not_depend_on_tasks_and_blocks(shards: dict[str, Path], made: Path, tmp_path: Path) -> None:
+    other = select(config(shards, tmp_path, "selection.tasks=1", "selection.block_tokens=112"))
+    for name in ("manifest.json", "part-00000.arrow"):
+        assert (other / name).read_bytes() == (made / name).read_bytes()
 
 
 def test_another_budget_without_scoring_again(
-    shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: dict[str, Path], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = select(config(shards, tmp_path, "selection.keep_scores=true"))
     more = ["selection.budget=1600", f"selection.output={tmp_path / 'more'}"]
     anew = select(config(shards, tmp_path, "selection.budget=1600", f"selection.output={tmp_path / 'anew'}"))
     capsys.readouterr()
-    again = select(config(shards, tmp_path, *more, f"selection.scores={first / 'scores.parquet'}"))
+    again = select(config(shards, tmp_path, *more, f"selection.scores={made / 'scores.parquet'}"))
     assert "scores by" not in capsys.readouterr().out
     assert (again / "part-00000.arrow").read_bytes() == (anew / "part-00000.arrow").read_bytes()
-    other = ["seed=5", f"selection.output={tmp_path / 'other'}", f"selection.scores={first / 'scores.parquet'}"]
+    other = ["seed=5", f"selection.output={tmp_path / 'other'}", f"selection.scores={made / 'scores.parquet'}"]
     with pytest.raises(DataError, match="are of another pool, target set, seed or method"):
         select(config(shards, tmp_path, *other))
     assert not (tmp_path / "other").exists()
