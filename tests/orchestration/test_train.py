@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,36 +17,36 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import PATIENCE_S, ROOT, Console, Scraper, wait_for
+from orchestration.conftest import PATIENCE_S, ROOT, Console, Scraper, held, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.saved import list_checkpoints
+from ray_dwm.errors import ResourceError
 from ray_dwm.models.folders import load_dwm
+from ray_dwm.orchestration import follow
 from ray_dwm.orchestration.series import RANK, RAY_SERIES, RUN, SERIES
 from ray_dwm.orchestration.submit import Request, submit
+from ray_dwm.orchestration.train import train
 
 TIMES = ("seconds/", "bilevel_seconds/", "step_seconds/", "checkpoint_seconds", "tokens_per_s", "tflops")
 TIMES += ("time_s", "dwm/overhead_frac")
 OPTIONS = ("cluster.workers=2", "train.steps=60", "train.eval_every=20", "checkpoint.every=10", "train.micro_batch=4")
 OPTIONS += ("dwm.lr=1e-2", "bilevel.kl=0.3")
 
-HOLD = """
-import time, ray
-ray.init(log_to_driver=False)
-group = ray.util.placement_group([{"CPU": 7}])
-assert group.wait(400)
-print("held", flush=True)
-time.sleep(120)
-"""
-
 
 def figures(config: RunConfig) -> list[dict[str, float]]:
     """metrics.jsonl without what the clock decides."""
     lines = read_metrics(config.run_dir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in lines]
+
+
+def line_count(config: RunConfig) -> int:
+    """Lines of metrics.jsonl: one more than steps."""
+    path = config.run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -111,25 +112,11 @@ def test_run_folder_holds_what_users_rely_on(undisturbed: RunConfig) -> None:
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_the_same_command_again_does_nothing(undisturbed: RunConfig, console: Console) -> None:
+def test_the_same_command_again_does_nothing(undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     before = (undisturbed.run_dir / "metrics.jsonl").read_bytes()
-    assert "complete already" in console.finish(undisturbed, console.start(undisturbed))
+    assert train(undisturbed) == json.loads((undisturbed.run_dir / "summary.json").read_text())
+    assert "complete already" in capsys.readouterr().out
     assert (undisturbed.run_dir / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_baseline_runs_without_an_actor(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
-    options = ("weighting.method=joint_update_aware", "weighting.anchor_sequences=16", "train.steps=10")
-    config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=baseline")
-    process = console.start(config)
-    seen = False
-    while process.poll() is None:
-        seen = seen or bool(console.processes("ray::DwmService"))
-        time.sleep(0.2)
-    output = console.finish(config, process)
-    assert not seen and "ESS" in output and "DWM v" not in output
-    assert json.loads((config.run_dir / "summary.json").read_text())["weighting"] == "joint_update_aware"
-    assert len(pq.read_table(config.run_dir / "weights")) == 10 * 8
-    assert not (config.run_dir / "dwm").exists()
 
 
 def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
@@ -160,70 +147,50 @@ def test_a_killed_worker_is_named_last_with_what_is_known_of_it(
     options = ("cluster.max_failures=0", "train.steps=10000", "weighting.method=uniform", "tracking.logs=json")
     config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=no-second-chance")
     process = console.start(config)
-    path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 5, "step 5")
+    wait_for(lambda: line_count(config) > 5, "step 5")
     beat = json.loads((config.run_dir / "workers" / "rank-00001.json").read_text())
     os.kill(beat["pid"], signal.SIGKILL)
-    *lines, last = console.finish(config, process, code=1).splitlines()
+    *before, last = console.finish(config, process, code=1).splitlines()
     assert last.startswith("error: [no-second-chance] gave up after 0 restarts: rank 1 on ")
     assert beat["node"] in last and "GiB of memory" in last and "look at dmesg" in last and "same command" in last
-    events = [json.loads(line) for line in lines if line.startswith("{")]  # the raylet speaks in between
+    events = [json.loads(line) for line in before if line.startswith("{")]  # the raylet speaks in between
     failure = next(event for event in events if event["message"] == "the run has failed")
     assert (failure["run"], failure["attempt"], failure["rank"], failure["pid"]) == (config.name, 1, 1, beat["pid"])
     assert failure["step"] >= 5 and failure["memory_bytes"] > 0
 
 
-@pytest.mark.parametrize(("victim", "title"), [("worker", "ray::RayTrainWorker"), ("actor", "ray::DwmService")])
-def test_kill_9_leaves_no_trace(
-    undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path, victim: str, title: str
-) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, f"name=killed-{victim}")
-    process = console.start(config)
-    path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
-    victims = console.processes(title)
-    assert victims, f"no process {title}"
-    os.kill(victims[0].pid, signal.SIGKILL)
-    assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
-    console.finish(config, process)
-    assert figures(config) == figures(undisturbed)
-    assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
-
-
 def test_sigterm_saves_a_checkpoint_and_the_same_command_continues_from_the_mirror(
-    undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path
+    undisturbed: RunConfig,
+    shards: dict[str, Path],
+    driver: None,
+    console: Console,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     elsewhere = f"mirror=file://{tmp_path / 'elsewhere'}"
     config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped", elsewhere)
     process = console.start(config)
-    path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
+    wait_for(lambda: line_count(config) > 25, "step 25")
     process.send_signal(signal.SIGTERM)
     last = console.finish(config, process, code=1).splitlines()[-1]
-    step = len(path.read_text().splitlines()) - 1
+    step = line_count(config) - 1
     assert last == f"error: [stopped] stopped at step {step}: checkpoint saved, the same command continues"
     assert step < 60, "the run was over before the signal"
     assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
     wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the workers")
     config.run_dir.rename(tmp_path / "a disk that is gone")
-    assert f"comes from {config.mirror}, step {step}" in console.finish(config, console.start(config))
+    train(config)
+    assert f"comes from {config.mirror}, step {step}" in capsys.readouterr().out
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
 
 
-def test_a_run_that_others_keep_waiting_writes_nothing(
-    shards: dict[str, Path], console: Console, tmp_path: Path
-) -> None:
-    config = tiny_config(shards, tmp_path / "runs", *OPTIONS, "cluster.free_within_s=2", "name=waits")
-    holder = subprocess.Popen([sys.executable, "-c", HOLD], env=console.environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None and "held" in holder.stdout.readline()
-        last = console.finish(config, console.start(config), code=2).splitlines()[-1]
-    finally:
-        holder.kill()
-        holder.wait()
-    assert "s, the run needs 4 CPUs, of which 1 CPUs are free now, with room for 0 of 2 workers" in last
-    assert not (tmp_path / "runs").exists()
+def test_a_run_that_others_keep_waiting_writes_nothing(shards: dict[str, Path], driver: None, tmp_path: Path) -> None:
+    config = tiny_config(shards, tmp_path / "runs", *OPTIONS, "cluster.free_within_s=0.5", "name=waits")
+    told = "s, the run needs 4 CPUs, of which 1 CPUs are free now, with room for 0 of 2 workers"
+    with held(7), pytest.raises(ResourceError, match=told) as raised:
+        train(config)
+    assert raised.value.exit_code == 2 and not (tmp_path / "runs").exists()
 
 
 def drivers(job: str) -> list[psutil.Process]:
@@ -231,38 +198,48 @@ def drivers(job: str) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if job in " ".join(p.info["cmdline"] or [])]
 
 
-def test_a_job_whose_driver_is_killed_continues_when_it_is_submitted_again(
+def test_kill_9_leaves_no_trace_whether_driver_actor_or_worker(
     undisturbed: RunConfig,
     shards: dict[str, Path],
     console: Console,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The driver of a job, which is submitted again; then the actor, which restarts alone; then a worker."""
     config = tiny_config(shards, tmp_path / "runs", *OPTIONS, "name=resubmitted")
-    tree, path = tmp_path / "tree", config.run_dir / "metrics.jsonl"
+    tree, out = tmp_path / "tree", io.StringIO()
     tree.mkdir()
     for name in ("jobs", "ray_dwm", "runtime_env.yaml"):
         (tree / name).symlink_to(ROOT / name)
     (tree / f"{tmp_path.name}.yaml").write_text(to_yaml(config))
     for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.setenv(key, console.environment[key])
+    monkeypatch.setattr(follow, "_PAUSE_S", 0.5)
+    monkeypatch.setattr(sys, "stdout", out)
     request = Request("train", ["--config", f"{tmp_path.name}.yaml"], tree)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(submit, request)
         wait_for(config.run_dir.exists, "the run")
         attached = pool.submit(submit, request)
-        wait_for(lambda: "-1] is running already" in capsys.readouterr().out, "the second command")
-        wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
+        wait_for(lambda: "-1] is running already" in out.getvalue(), "the second command")
+        wait_for(lambda: line_count(config) > 12, "step 12")
         for process in drivers(f"jobs/train.py --config {tmp_path.name}.yaml"):
             process.kill()
-        assert len(path.read_text().splitlines()) < 60, "the run was over before the kill"
         assert first.result(PATIENCE_S) == attached.result(PATIENCE_S) == 128 + signal.SIGKILL
         wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the orphaned workers")
-        assert pool.submit(submit, request).result(PATIENCE_S) == 0
-    output = capsys.readouterr().out
-    assert "-1] was killed by SIGKILL: the same command continues" in output
-    assert "-2] uploading " in output and "[resubmitted] step 60/60" in output
+        made = line_count(config)
+        again = pool.submit(submit, request)
+        wait_for(lambda: line_count(config) > max(25, made), "step 25 of the second attempt")
+        (actor,) = console.processes("ray::DwmService")
+        actor.kill()
+        beat = json.loads((config.run_dir / "workers" / "rank-00001.json").read_text())
+        wait_for(lambda: line_count(config) > 42, "step 42 of the second attempt")
+        os.kill(beat["pid"], signal.SIGKILL)
+        assert line_count(config) < 60, "the run was over before the last kill"
+        assert again.result(PATIENCE_S) == 0
+    assert "-1] was killed by SIGKILL: the same command continues" in out.getvalue()
+    assert "-2] uploading " in out.getvalue() and "[resubmitted] step 60/60" in out.getvalue()
+    assert beat["attempt"] == 2 and (config.run_dir / "attempts").read_text() == "3\n"
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
 
@@ -297,8 +274,12 @@ def test_a_job_learns_in_stages_and_shows_progress(
     assert (tmp_path / "job" / "summary.json").is_file()
 
 
-def test_failing_configuration_fails_the_job(cluster: dict[str, str]) -> None:
-    failed = ray_job_submit(cluster, "train.stepz=1")
-    assert failed.returncode != 0
-    assert "did you mean train.steps?" in failed.stdout
-    assert "failed" in failed.stdout.lower()
+def test_failing_configuration_fails_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", "train.stepz=1"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / "train.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
