@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gloo
+import pyarrow.parquet as pq
 import pytest
 from synthetic import make_shards, tiny_config
 
@@ -17,14 +18,14 @@ from ray_dwm.engine.export import export_lm
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build
 from ray_dwm.errors import UserError
-from ray_dwm.orchestration import doremi
+from ray_dwm.orchestration import doremi, fit
 from ray_dwm.orchestration.proxies import Proxy
 from ray_dwm.orchestration.select import plan_selection, select
 
 ROWS = 60
 OPTIONS = ("data.selection=doremi", f"selection.budget={ROWS * 16}", "selection.block_tokens=1600")
 OPTIONS += ("selection.proxy.preset=tiny", "selection.proxy.steps=60", "selection.proxy.lr=1e-2", "train.eval_every=60")
-OPTIONS += ("checkpoint.every=40", "weighting.group_dro.eta=0.1", "cluster.workers=2", "train.micro_batch=4")
+OPTIONS += ("checkpoint.every=40", "weighting.group_dro.eta=0.1")
 
 
 def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
@@ -32,8 +33,13 @@ def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
 
 
 def test_domain_weights_are_learnt_and_the_pool_resampled(
-    shards: dict[str, Path], tmp_path: Path, driver: None, capsys: pytest.CaptureFixture[str]
+    shards: dict[str, Path],
+    tmp_path: Path,
+    driver: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(fit, "create_actor", None)  # there is none where no DWM is learnt
     folder = select(config(shards, tmp_path))
     content = json.loads((folder / "domain_weights.json").read_text())
     weights, manifest = content["weights"], load_manifest(folder)
@@ -44,6 +50,9 @@ def test_domain_weights_are_learnt_and_the_pool_resampled(
     assert {name: manifest.domains[name].rows for name in weights} == pytest.approx(
         {name: weight * ROWS for name, weight in weights.items()}, abs=1
     )
+    proxy = Path(content["rounds"][0]["proxy"]).parent
+    assert json.loads((proxy / "summary.json").read_text())["weighting"] == "group_dro"
+    assert len(pq.read_table(proxy / "weights")) == 60 * 8 and not (proxy / "dwm").exists()
     # LMs that are there already, or ready weights: nothing is trained, and the rows are the same.
     capsys.readouterr()
     again = select(config(shards, tmp_path, f"selection.output={tmp_path / 'again'}"))
@@ -76,7 +85,7 @@ def test_a_round_goes_on_from_the_weights_of_the_one_before(
 ) -> None:
     monkeypatch.setattr(doremi, "ready_proxies", in_this_process)
     pool = load_manifest(shards["train"])
-    options = config(shards, tmp_path, "selection.doremi.rounds=2", "cluster.workers=1")
+    options = config(shards, tmp_path, "selection.doremi.rounds=2")
     weights = doremi.plan_domain_weights(options, pool).ready(pool, 250, None, tmp_path)  # type: ignore[arg-type]
     content = json.loads((tmp_path / "domain_weights.json").read_text())
     assert "the pool has fewer sequences than the domain weights ask for: good (120 of" in capsys.readouterr().out
@@ -121,6 +130,6 @@ def test_what_the_weights_depend_on_names_the_selection(shards: dict[str, Path],
 
     first = name()
     assert first.startswith("doremi-")
-    assert name("train.micro_batch=8", "cluster.workers=1", "bilevel.every=7", "weighting.method=uniform") == first
+    assert name("train.micro_batch=4", "cluster.workers=2", "bilevel.every=7", "weighting.method=uniform") == first
     for option in ("weighting.group_dro.eta=0.2", "selection.doremi.rounds=2", "selection.proxy.steps=61", "seed=1"):
         assert name(option) != first

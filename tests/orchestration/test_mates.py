@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
-import os
 import shutil
-import signal
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import Console, wait_for
 from orchestration.test_train import figures
 from synthetic import tiny_config
 
@@ -25,6 +25,8 @@ from ray_dwm.engine.rundir import check, stop_path
 from ray_dwm.errors import ConfigError, DataError, Stopped, UserError
 from ray_dwm.orchestration import mates
 from ray_dwm.orchestration.select import plan_selection, select
+from ray_dwm.orchestration.sweep import RaySweep
+from ray_dwm.orchestration.train import train
 
 STEPS, STAGES = 16, 2
 OPTIONS = (f"train.steps={STEPS}", "checkpoint.every=100", "train.eval_every=4", "data.selection=mates")
@@ -33,13 +35,12 @@ OPTIONS += ("selection.mates.size=xs", "selection.block_tokens=640")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: dict[str, str], shards: dict[str, Path], tmp_path_factory: Any) -> RunConfig:
+def undisturbed(driver: None, shards: dict[str, Path], tmp_path_factory: Any) -> RunConfig:
     """A finished run of two stages under a DWM."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    console = Console(cluster, folder)
-    config = tiny_config(shards, folder, *OPTIONS, "name=undisturbed")
-    output = console.finish(config, console.start(config))
-    assert "stage 1, steps 9 to 16: 64 of 128 sequences by mates; the influence model's Spearman" in output
+    config = tiny_config(shards, tmp_path_factory.mktemp("undisturbed"), *OPTIONS, "name=undisturbed")
+    with redirect_stdout(io.StringIO()) as out:
+        train(config)
+    assert "stage 1, steps 9 to 16: 64 of 128 sequences by mates; the influence model's Spearman" in out.getvalue()
     return config
 
 
@@ -77,25 +78,40 @@ def test_every_stage_trains_on_what_was_chosen_for_it(undisturbed: RunConfig) ->
     assert record["notes"]["spearman"] == figures(undisturbed)[9]["mates/spearman"]
 
 
-def test_whatever_interrupts_it_leaves_no_trace(
-    undisturbed: RunConfig, shards: dict[str, Path], console: Console, tmp_path: Path
+class Interrupted(RaySweep):
+    """Is interrupted after two blocks."""
+
+    def each(self, name: str, numbers: Sequence[int], function: Any, done: int = 0) -> None:
+        """See RaySweep."""
+        super().each(name, numbers[:2], function, done)
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_while_it_probes_leaves_no_trace(
+    undisturbed: RunConfig,
+    shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From where its first stage ended, killed while it probes."""
+    """From where its first stage ended; what is trained then is the undisturbed run's own second stage."""
+    monkeypatch.setattr(mates, "fit", lambda config, pool, figures: {"figures": figures})
     config = tiny_config(shards, tmp_path, *OPTIONS, "name=undisturbed", "selection.tasks=1")
     shutil.copytree(undisturbed.run_dir, config.run_dir)
     for later in ("stages/1", "checkpoints/step_000000016", "hf"):
         shutil.rmtree(config.run_dir / later)
     (config.run_dir / "summary.json").unlink()
-    process = console.start(config)
-    probed = config.run_dir / "stages" / ".1.work"
-    wait_for(lambda: len(list(probed.glob("influences-of-probes-*/*.npz"))) >= 2, "probes")
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert "are there from before" in console.finish(config, console.start(config))
-    assert figures(config) == figures(undisturbed)
+    pool = load_manifest(config.data.train)
+    with monkeypatch.context() as interrupting, pytest.raises(KeyboardInterrupt):
+        interrupting.setattr(mates, "RaySweep", Interrupted)
+        mates.fit_stages(config, pool)
+    work = config.run_dir / "stages" / ".1.work"
+    assert len(list(work.glob("influences-of-probes-*/*.npz"))) == 2
+    given = mates.fit_stages(config, pool)["figures"]
+    assert "8 blocks, 2 are there from before" in capsys.readouterr().out and not work.exists()
     for stage in range(STAGES):
         np.testing.assert_array_equal(rows_of(config, stage), rows_of(undisturbed, stage))
-    assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
+    assert given[9]["mates/spearman"] == figures(undisturbed)[9]["mates/spearman"]
 
 
 def test_the_choice_cannot_change_on_the_way(undisturbed: RunConfig, shards: dict[str, Path]) -> None:

@@ -16,6 +16,7 @@ from ray_dwm.data.manifest import load_manifest
 from ray_dwm.data.shards import open_shards
 from ray_dwm.errors import DataError, Stopped, TrainingError, UserError
 from ray_dwm.orchestration import proxies
+from ray_dwm.orchestration import select as selecting
 from ray_dwm.orchestration.proxies import plan_proxies
 from ray_dwm.orchestration.select import select
 
@@ -116,7 +117,6 @@ def test_proxies_are_trained_once_for_all_selections(
     ("kind", "raised"), [("not_finite", DataError), ("stopped", Stopped), ("other", TrainingError)]
 )
 def test_a_proxy_that_does_not_get_ready_is_one_line_and_leaves_nothing(
-    driver: None,
     shards: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -129,6 +129,7 @@ def test_a_proxy_that_does_not_get_ready_is_one_line_and_leaves_nothing(
         raise error
 
     monkeypatch.setattr(proxies, "train", ending)
+    monkeypatch.setattr(selecting, "connect", lambda config: None)  # nothing comes to be run on a cluster
     with pytest.raises(raised, match=r"^proxy LM \[proxy-.* step 3: lower selection\.proxy\.lr$") as found:
         select(dsdm_config(shards, tmp_path))
     assert type(found.value) is raised and not (tmp_path / "out").exists()
