@@ -19,7 +19,7 @@ from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.setup import build
 
-STEPS = 100
+STEPS = 60
 OPTIONS = ("cluster.workers=1,3", f"train.steps={STEPS}", "train.global_batch=9", "checkpoint.every=10")
 # What amplifies rounding is kept small: Adam where gradients are, and the DWM's.
 OPTIONS += ("bilevel.estimator=central", "bilevel.epsilon=0.1", "train.eps=1e-4", "dwm.lr=3e-4", "bilevel.every=5")

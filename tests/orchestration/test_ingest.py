@@ -33,7 +33,7 @@ def test_streams_the_plan(
     # Several blocks and read tasks, and epochs that end inside one.
     monkeypatch.setattr(ingest, "_BLOCKS_IN_MEMORY", 64 * 2**20 // 1300)
     monkeypatch.setattr(ingest, "_TASK_BLOCKS", 2)
-    for rank in range(world):
+    for rank in sorted({0, world - 1}):
         local = LocalSource(ShardReader(manifest), plan, rank, world).stream(first, stop)
         streamed = RayDataSource(str(manifest.folder), plan, rank, world, 2, 64).stream(first, stop)
         pairs = list(zip(streamed, local, strict=True))

@@ -57,6 +57,12 @@ def pod(tmp_path: Path) -> Iterator[Pod]:
         yield Pod(tmp_path, stack)
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks often."""
+    monkeypatch.setattr(leaving, "_POLL_S", 0.05)
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
