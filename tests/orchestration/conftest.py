@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -74,6 +75,16 @@ def driver(cluster: dict[str, str]) -> Iterator[None]:
     ray.init(address=cluster["RAY_ADDRESS"], namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+CTRL_C = signal.getsignal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself, and keeps it: whoever runs the tests wants it back."""
+    yield
+    signal.signal(signal.SIGINT, CTRL_C)
 
 
 @contextmanager
