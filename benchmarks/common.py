@@ -38,7 +38,9 @@ from ray_dwm.engine.loop import Trainer
 from ray_dwm.engine.mesh import device, init_mesh
 from ray_dwm.engine.setup import build
 
-multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"])
+multiprocessing.set_forkserver_preload(
+    ["transformers.models.llama.modeling_llama", "ray_dwm.engine.loop", "ray_dwm.engine.export"]
+)
 RESULTS = Path(__file__).parent / "results"
 WARM_STEPS = 2
 

@@ -15,7 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # The server imports once and runs nothing, so forking from it is quick and safe.
-multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray_dwm.engine.setup"])
+# Every rank imports what is not preloaded, and again the module that is run as the main one: pytest's.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "transformers.models.llama.modeling_llama", "ray_dwm.engine.loop", "ray_dwm.engine.export"]
+)
 
 
 def _entry(
