@@ -1,4 +1,4 @@
-"""Runs a function in real gloo process groups: of one in this process, of more in others."""
+"""Runs functions in real gloo process groups: of one in this process, of more in others."""
 
 from __future__ import annotations
 
@@ -55,3 +55,24 @@ def run(world: int, folder: Path, function: Callable[..., Any], *arguments: Any)
             start_method="forkserver",
         )
     return torch.load(out, weights_only=False)
+
+
+def run_all(folder: Path, function: Callable[..., Any], calls: dict[Any, tuple[Any, ...]]) -> dict[Any, Any]:
+    """What `run` gives for every call, name -> (world, *arguments); those of one size share a process group."""
+    found: dict[Any, Any] = {}
+    for world in sorted({world for world, *_ in calls.values()}):
+        own = {name: arguments for name, (size, *arguments) in calls.items() if size == world}
+        found |= run(world, folder / f"world-{world}", _each, function, own)
+    return found
+
+
+def _each(function: Callable[..., Any], calls: dict[Any, list[Any]]) -> dict[Any, Any]:
+    found = {}
+    for name, arguments in calls.items():
+        torch.manual_seed(0)  # whatever the calls before have drawn
+        try:
+            found[name] = function(*arguments)
+        except BaseException as error:
+            error.add_note(f"in the call {name}")
+            raise
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from engine.gloo import run
+from engine.gloo import run_all
 from synthetic import tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,13 +126,22 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def layouts(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunConfig, Any]]:
+    """Name -> (configuration, what its ranks sent)."""
+    folder, calls = tmp_path_factory.mktemp("sent"), {}
+    for name, (world, options) in LAYOUTS.items():
+        fixed = ["bilevel.fidelity_every=0", "bilevel.every=2", "bilevel.warmup_steps=1", f"cluster.workers={world}"]
+        calls[name] = (world, tiny_config(shards, folder, "train.micro_batch=2", "train.steps=40", *fixed, *options))
+    found = run_all(folder, sent, calls)
+    return {name: (config, found[name]) for name, (_, config) in calls.items()}
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_ranks_send_what_is_planned(shards: dict[str, Path], tmp_path: Path, name: str) -> None:
-    world, options = LAYOUTS[name]
-    fixed = ["bilevel.fidelity_every=0", "bilevel.every=2", "bilevel.warmup_steps=1", f"cluster.workers={world}"]
-    config = tiny_config(shards, tmp_path, "train.micro_batch=2", "train.steps=40", *fixed, *options)
+def test_ranks_send_what_is_planned(layouts: dict[str, tuple[RunConfig, Any]], name: str) -> None:
+    config, found = layouts[name]
+    world = LAYOUTS[name][0]
     planned, copies = job(config), world // 2
-    found = run(world, tmp_path / "run", sent, config)
     lm = lm_traffic(planned.llama, planned.layout, copies, planned.micro_batches)
     assert found["plain"] == {kind: x for kind, x in lm.items() if x}
     # With weights alone: as with a DWM that is not learnt, without the 20 bytes a sequence that a step's log gathers.
