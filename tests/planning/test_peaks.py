@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
+import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from engine.gloo import run
+from engine.gloo import run_all
 from torch.profiler import ProfilerActivity, profile
 
 from ray_dwm.config import RunConfig, load
@@ -65,21 +66,27 @@ CASES: dict[str, tuple[int, int, list[str]]] = {
 """Name -> vocabulary, tokens of a sequence, overrides: peaks in the loss, in a block and at the embedding."""
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_one_rank_holds_what_is_predicted(tmp_path: Path, name: str, precision: str) -> None:
-    check(tmp_path, 1, name, precision)
+RANKS = [
+    *itertools.product((1,), CASES, ("fp32", "bf16")),
+    *itertools.product((2,), ("none", "full", "held"), ("bf16",)),
+]
+"""Ranks, case, precision. Not two ranks where sums over them are the peak: a thread of gloo's may still hold a copy."""
 
 
-@pytest.mark.parametrize("name", ["none", "full", "held"])
-def test_two_ranks_hold_what_is_predicted(tmp_path: Path, name: str) -> None:
-    """Not where sums over ranks are the peak: a thread of gloo's may still hold the copy that it has summed."""
-    check(tmp_path, 2, name, "bf16")
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[float, float, str]]:
+    """`peaks` by the row of RANKS."""
+    calls = {}
+    for world, name, precision in RANKS:
+        vocab, seq_len, options = CASES[name]
+        batch = [f"train.global_batch={SEQUENCES * world}", f"train.micro_batch={SEQUENCES}"]
+        fixed = ["lm.preset=tiny", f"train.precision={precision}", "weighting.method=uniform", *batch]
+        config = load([], [*fixed, f"cluster.workers={world}", *options])
+        calls[world, name, precision] = (world, config, vocab, seq_len)
+    return run_all(tmp_path_factory.mktemp("peaks"), peaks, calls)
 
 
-def check(tmp_path: Path, world: int, name: str, precision: str) -> None:
-    vocab, seq_len, options = CASES[name]
-    batch = [f"train.global_batch={SEQUENCES * world}", f"train.micro_batch={SEQUENCES}", f"cluster.workers={world}"]
-    fixed = ["lm.preset=tiny", f"train.precision={precision}", "weighting.method=uniform", *batch]
-    predicted, measured, phase = run(world, tmp_path, peaks, load([], [*fixed, *options]), vocab, seq_len)
+@pytest.mark.parametrize("case", RANKS, ids=str)
+def test_ranks_hold_what_is_predicted(held: dict[Any, tuple[float, float, str]], case: tuple[Any, ...]) -> None:
+    predicted, measured, phase = held[case]
     assert predicted == pytest.approx(measured, rel=0.02), phase
