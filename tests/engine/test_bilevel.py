@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from gloo import run
+from gloo import run, run_all
 from small_llama import alignments, cosine, moved, train_batch
 from synthetic import tiny_config
 from torch import Tensor
@@ -90,63 +92,71 @@ def same_direction(config: RunConfig, tied: bool, recompute: bool, fraction: flo
     return all_gather_rows(found), all_gather_rows(Oracle(lower, "exact").contract(problem))
 
 
+GHOSTS = [
+    (1, 8, False, 1.0, "fp32"),
+    (1, 2, True, 1.0, "fp32"),
+    (1, 4, False, 0.5, "fp32"),
+    (1, 8, False, 1.0, "bf16"),
+    (2, 4, True, 0.5, "fp32"),
+    (2, 1, False, 1.0, "fp32"),
+]
+"""Ranks, micro-batch, whether activations are computed again, part of the batch, precision."""
+
+
+@pytest.fixture(scope="module")
+def directions(masked_shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """`same_direction` by the row of GHOSTS and whether the embeddings are tied."""
+    folder, calls = tmp_path_factory.mktemp("ghosts"), {}
+    for case, tied in itertools.product(GHOSTS, (True, False)):
+        world, micro, recompute, fraction, precision = case
+        options = [f"cluster.workers={world}", f"train.micro_batch={micro}", f"train.precision={precision}"]
+        calls[case, tied] = (world, tiny_config(masked_shards, folder, *options), tied, recompute, fraction)
+    return run_all(folder, same_direction, calls)
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    ("world", "micro", "recompute", "fraction", "precision"),
-    [
-        (1, 8, False, 1.0, "fp32"),
-        (1, 2, True, 1.0, "fp32"),
-        (1, 4, False, 0.5, "fp32"),
-        (1, 8, False, 1.0, "bf16"),
-        (2, 4, True, 0.5, "fp32"),
-        (2, 1, False, 1.0, "fp32"),
-    ],
-)
+@pytest.mark.parametrize("case", GHOSTS, ids=str)
 def test_ghost_equals_exact_for_the_same_direction(
-    masked_shards: dict[str, Path],
-    tmp_path: Path,
-    tied: bool,
-    world: int,
-    micro: int,
-    recompute: bool,
-    fraction: float,
-    precision: str,
+    directions: dict[Any, Any], case: tuple[Any, ...], tied: bool
 ) -> None:
     """Linear, Embedding and RMSNorm; weighted, masked, accumulated, recomputed, sharded."""
-    options = [f"cluster.workers={world}", f"train.micro_batch={micro}", f"train.precision={precision}"]
-    config = tiny_config(masked_shards, tmp_path, *options)
-    ghost, exact = run(world, tmp_path / "p", same_direction, config, tied, recompute, fraction)
+    *_, fraction, precision = case
+    ghost, exact = directions[case, tied]
     assert len(ghost) == round(8 * fraction)
     assert cosine(ghost, exact) >= (0.9999 if precision == "fp32" else 0.999)
     assert float((ghost - exact).norm() / exact.norm()) <= (1e-5 if precision == "fp32" else 2e-2)
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 1), (3, 2)])
-@pytest.mark.parametrize(
-    ("estimator", "tolerance"),
-    [("exact", 1e-5), ("jvp", 1e-5), ("ghost", 1e-5), ("ghost_lowrank", 1e-5), ("central", 2e-3), ("one_sided", 4e-3)],
-)
+WHOLE = {1.0: (1, 8, 1.0), 0.5: (1, 8, 0.5)}
+CUTS = [(1, 2, 0.5), (2, 1, 1.0), (3, 2, 0.5)]
+"""Ranks, micro-batch, part of the batch that is contracted; WHOLE has what they are to give."""
+TOLERANCE = {"exact": 1e-5, "jvp": 1e-5, "ghost": 1e-5, "ghost_lowrank": 1e-5, "central": 2e-3, "one_sided": 4e-3}
+
+
+@pytest.fixture(scope="module")
+def cut(
+    shards: dict[str, Path], masked_shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, Any]:
+    """`alignments` by the row of WHOLE or CUTS, the estimator and whether tokens are masked."""
+    folder, calls = tmp_path_factory.mktemp("cuts"), {}
+    for case, estimator, mask in itertools.product([*WHOLE.values(), *CUTS], TOLERANCE, (False, True)):
+        world, micro, fraction = case
+        options = [f"bilevel.estimator={estimator}", "train.clip_norm=0.3", f"bilevel.fraction={fraction}"]
+        options += ["bilevel.target_at=theta"] if estimator == "ghost" else []
+        options += [f"cluster.workers={world}", f"train.micro_batch={micro}"]
+        calls[case, estimator, mask] = (world, tiny_config(masked_shards if mask else shards, folder, *options))
+    return run_all(folder, alignments, calls)
+
+
+@pytest.mark.parametrize("case", CUTS, ids=str)
+@pytest.mark.parametrize("estimator", TOLERANCE)
 @pytest.mark.parametrize("mask", [False, True])
 def test_ranks_and_accumulation_do_not_change_the_phi_gradient(
-    shards: dict[str, Path],
-    masked_shards: dict[str, Path],
-    tmp_path: Path,
-    world: int,
-    micro: int,
-    estimator: str,
-    tolerance: float,
-    mask: bool,
+    cut: dict[Any, Any], case: tuple[int, int, float], estimator: str, mask: bool
 ) -> None:
     """AdamW with active clipping. Finite differences subtract two fp32 losses, which costs them digits."""
-    data = masked_shards if mask else shards
-    options = [f"bilevel.estimator={estimator}", "train.clip_norm=0.3"]
-    options += ["bilevel.target_at=theta"] if estimator == "ghost" else []
-    fraction = 1.0 if (world, micro) == (2, 1) else 0.5
-    options.append(f"bilevel.fraction={fraction}")
-    one = run(1, tmp_path / "1", alignments, tiny_config(data, tmp_path, *options))
-    many = [f"cluster.workers={world}", f"train.micro_batch={micro}"]
-    other = run(world, tmp_path / "2", alignments, tiny_config(data, tmp_path, *options, *many))
+    one, other = (cut[row, estimator, mask] for row in (WHOLE[case[-1]], case))
     for key in ("values", "phi"):
         scale = float(one[key].abs().max())
-        torch.testing.assert_close(other[key] / scale, one[key] / scale, rtol=0, atol=tolerance)
+        torch.testing.assert_close(other[key] / scale, one[key] / scale, rtol=0, atol=TOLERANCE[estimator])
     assert one["restored"] and other["restored"]
