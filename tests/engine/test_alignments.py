@@ -162,18 +162,18 @@ def test_alignments_predict_the_realised_change(
     name, *extra = optimizer
     options = [f"train.optimizer={name}", *extra, "train.clip_norm=0.3", "train.schedule=constant"]
     config = tiny_config(masked_shards if mask else shards, tmp_path, "bilevel.estimator=exact", *options)
-    predicted = run(1, tmp_path / "a", alignments, config)
-    realised = run(1, tmp_path / "b", brute_force, config)
-    assert predicted["norm"] > 0.3, "the clipping must be active"
-    assert cosine(predicted["values"], realised) > 0.9999
-    assert float(predicted["values"].norm() / realised.norm()) == pytest.approx(1.0, rel=1e-2)
+    found = run(1, tmp_path / "a", alignments, config)
+    predicted, realised = found["values"][::2], run(1, tmp_path / "b", brute_force, config)
+    assert found["norm"] > 0.3, "the clipping must be active"
+    assert cosine(predicted, realised) > 0.9999
+    assert float(predicted.norm() / realised.norm()) == pytest.approx(1.0, rel=1e-2)
 
 
 def brute_force(config: RunConfig) -> torch.Tensor:
-    """(L_target(theta'(w + h e_i)) - L_target(theta'(w - h e_i))) / 2h by redoing the step."""
+    """(L_target(theta'(w + h e_i)) - L_target(theta'(w - h e_i))) / 2h for every second i, by redoing the step."""
     h = 2e-2 / config.train.global_batch
     losses = []
-    for index in range(config.train.global_batch):
+    for index in range(0, config.train.global_batch, 2):
         pair = []
         for sign in (1, -1):
             parts = build(config)
