@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from gloo import run
+from gloo import run, run_all
 from small_llama import alignments, cosine, train_batch
 from synthetic import tiny_config
 from torch import Tensor
@@ -89,18 +91,27 @@ def sketched(config: RunConfig, tied: bool, recompute: bool, fraction: float) ->
     return all_gather_rows(found), all_gather_rows(expected), share
 
 
+SKETCHES = [(1, 8, False, 1.0), (1, 2, True, 0.5), (2, 4, False, 0.5), (2, 1, True, 1.0)]
+"""Ranks, micro-batch, whether activations are computed again, part of the batch."""
+
+
+@pytest.fixture(scope="module")
+def sketches(masked_shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """`sketched` by the row of SKETCHES and whether the embeddings are tied."""
+    folder, calls = tmp_path_factory.mktemp("sketches"), {}
+    for case, tied in itertools.product(SKETCHES, (True, False)):
+        world, micro, recompute, fraction = case
+        config = tiny_config(masked_shards, folder, f"cluster.workers={world}", f"train.micro_batch={micro}")
+        calls[case, tied] = (world, config, tied, recompute, fraction)
+    return run_all(folder, sketched, calls)
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    ("world", "micro", "recompute", "fraction"),
-    [(1, 8, False, 1.0), (1, 2, True, 0.5), (2, 4, False, 0.5), (2, 1, True, 1.0)],
-)
-def test_only_what_it_says_is_approximated(
-    masked_shards: dict[str, Path], tmp_path: Path, tied: bool, world: int, micro: int, recompute: bool, fraction: float
-) -> None:
-    config = tiny_config(masked_shards, tmp_path, f"cluster.workers={world}", f"train.micro_batch={micro}")
-    found, expected, missed = run(world, tmp_path / "p", sketched, config, tied, recompute, fraction)
+@pytest.mark.parametrize("case", SKETCHES, ids=str)
+def test_only_what_it_says_is_approximated(sketches: dict[Any, Any], case: tuple[Any, ...], tied: bool) -> None:
+    found, expected, missed = sketches[case, tied]
     assert missed > 0.5, "most of the head's u must be outside of the sketch"
-    assert len(found) == round(8 * fraction)
+    assert len(found) == round(8 * case[-1])
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
