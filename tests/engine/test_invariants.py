@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from gloo import run
+from gloo import run, run_all
 from synthetic import tiny_config
 from transformers import LlamaForCausalLM
 
@@ -93,16 +94,23 @@ def test_uniform_weights_are_plain_training_bit_for_bit(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("world", "changes"),
-    [(2, []), (1, ["train.micro_batch=3"]), (2, ["train.micro_batch=2"]), (5, ["train.micro_batch=1"])],
-)
-def test_world_and_accumulation_do_not_change_the_run(
-    shards: dict[str, Path], tmp_path: Path, world: int, changes: list[str]
-) -> None:
-    base = ["dwm.lr=1e-3", "bilevel.epsilon=0.1"]
-    reference = run(1, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *base))
-    other = run(world, tmp_path / "b", train, tiny_config(shards, tmp_path / "b", *base, *changes))
+CUTS = [(1,), (2,), (1, "train.micro_batch=3"), (2, "train.micro_batch=2"), (5, "train.micro_batch=1")]
+"""Ranks and overrides; the first is not cut."""
+
+
+@pytest.fixture(scope="module")
+def cut(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The run by the row of CUTS."""
+    folder, calls = tmp_path_factory.mktemp("cuts"), {}
+    for row, (world, *changes) in enumerate(CUTS):
+        config = tiny_config(shards, folder / str(row), "dwm.lr=1e-3", "bilevel.epsilon=0.1", *changes)
+        calls[CUTS[row]] = (world, config)
+    return run_all(folder, train, calls)
+
+
+@pytest.mark.parametrize("case", CUTS[1:], ids=str)
+def test_world_and_accumulation_do_not_change_the_run(cut: dict[Any, Any], case: tuple[Any, ...]) -> None:
+    reference, other = cut[CUTS[0]], cut[case]
     assert distance(reference["theta"], other["theta"]) < 2e-3  # Adam amplifies rounding of small gradients
     for left, right in zip(reference["lines"], other["lines"], strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5) if "loss" in left else True
@@ -111,26 +119,32 @@ def test_world_and_accumulation_do_not_change_the_run(
     assert first["dwm/hypergrad_norm"] == pytest.approx(same["dwm/hypergrad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["bilevel.estimator=ghost_lowrank"],
-        ["bilevel.estimator=central", "bilevel.epsilon=0.1", "train.micro_batch=2"],
-        ["bilevel.fraction=0.5", "dwm.lm_features=true", "train.micro_batch=2"],
-    ],
-)
-def test_a_world_that_does_not_divide_the_batch_does_not_change_the_run(
-    shards: dict[str, Path], tmp_path: Path, options: list[str]
-) -> None:
-    """Three ranks of 3 + 3 + 2 sequences, and target batches of 10; the last rank's padding must leave no trace."""
+UNEVEN = [
+    ("bilevel.estimator=ghost_lowrank",),
+    ("bilevel.estimator=central", "bilevel.epsilon=0.1", "train.micro_batch=2"),
+    ("bilevel.fraction=0.5", "dwm.lm_features=true", "train.micro_batch=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def uneven(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The run by the number of ranks and the row of UNEVEN, with the table of its weights."""
     base = ["bilevel.kl=0.3", "train.steps=8", "bilevel.every=1", "bilevel.target_batch=10"]
     base += ["train.eps=1e-4"]  # Adam amplifies rounding of small gradients; the DWM's still does
-    found = {}
-    for world in (1, 3):
-        config = tiny_config(shards, tmp_path / str(world), *base, *options)
-        found[world] = run(world, tmp_path / str(world), train, config)
-        found[world]["weights"] = pq.read_table(config.run_dir / "weights")
-    one, three = found[1], found[3]
+    folder, calls = tmp_path_factory.mktemp("uneven"), {}
+    for world, row in itertools.product((1, 3), range(len(UNEVEN))):
+        config = tiny_config(shards, folder / f"{world}-{row}", *base, *UNEVEN[row])
+        calls[world, UNEVEN[row]] = (world, config)
+    found = run_all(folder, train, calls)
+    return {k: {**found[k], "weights": pq.read_table(config.run_dir / "weights")} for k, (_, config) in calls.items()}
+
+
+@pytest.mark.parametrize("options", UNEVEN, ids=" ".join)
+def test_a_world_that_does_not_divide_the_batch_does_not_change_the_run(
+    uneven: dict[Any, Any], options: tuple[str, ...]
+) -> None:
+    """Three ranks of 3 + 3 + 2 sequences, and target batches of 10; the last rank's padding must leave no trace."""
+    one, three = uneven[1, options], uneven[3, options]
     assert len(one["lines"]) == len(three["lines"]) == 9
     for left, right in zip(one["lines"], three["lines"], strict=True):
         assert left.keys() == right.keys()
@@ -142,7 +156,7 @@ def test_a_world_that_does_not_divide_the_batch_does_not_change_the_run(
     for name in ("step", "sample_id", "domain"):
         assert one["weights"][name].equals(three["weights"][name])
     for name, tolerance in (("loss", 1e-4), ("weight", 2e-2)):
-        columns = (torch.tensor(found[world]["weights"][name].to_pylist()) for world in (1, 3))
+        columns = (torch.tensor(found["weights"][name].to_pylist()) for found in (one, three))
         torch.testing.assert_close(*columns, rtol=0, atol=tolerance)
     assert distance(one["theta"], three["theta"]) < 1e-3
 
@@ -168,26 +182,44 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize(("world", "stop_at", "changes"), RESUMED)
-def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
-    shards: dict[str, Path], tmp_path: Path, world: int, stop_at: int, changes: list[str]
-) -> None:
-    options = [f"cluster.workers={world}", "train.steps=8", *(change.format(**shards) for change in changes)]
-    whole = run(world, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *options))
-    stopped = tiny_config(shards, tmp_path / "b", *options)
-    run(world, tmp_path / "b1", train, stopped, stop_at)
-    resumed = run(world, tmp_path / "b2", train, stopped)
-    assert whole["lines"] == resumed["lines"]
-    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == (stopped.weighting.method == "dwm")
-    for a, b in zip(whole["theta"] + whole["phi"], resumed["theta"] + resumed["phi"], strict=True):
+@pytest.fixture(scope="module")
+def resumed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Any, bool]]:
+    """For every row of RESUMED the uninterrupted run, the resumed one, and whether a DWM is learnt."""
+    folder, before, after = tmp_path_factory.mktemp("resumed"), {}, {}
+    for row, (world, stop_at, changes) in enumerate(RESUMED):
+        options = [f"cluster.workers={world}", "train.steps=8", *(change.format(**shards) for change in changes)]
+        before[row, "whole"] = (world, tiny_config(shards, folder / f"{row}-whole", *options))
+        config = tiny_config(shards, folder / f"{row}-stopped", *options)
+        before[row, "stopped"], after[row] = (world, config, stop_at), (world, config)
+    whole = run_all(folder / "before", train, before)
+    found = run_all(folder / "after", train, after)  # in processes that have not seen the run
+    return [(whole[row, "whole"], found[row], config.weighting.method == "dwm") for row, (_, config) in after.items()]
+
+
+@pytest.mark.parametrize("row", range(len(RESUMED)), ids=lambda row: "-".join(map(str, RESUMED[row])))
+def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(resumed: list[tuple[Any, Any, bool]], row: int) -> None:
+    whole, again, learns_dwm = resumed[row]
+    assert whole["lines"] == again["lines"]
+    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == learns_dwm
+    for a, b in zip(whole["theta"] + whole["phi"], again["theta"] + again["phi"], strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("extra", [[], ["dwm.control=random"], ["bilevel.stages=2", "bilevel.stage_updates=2"]])
-def test_weighing_ahead_changes_nothing(shards: dict[str, Path], tmp_path: Path, extra: list[str]) -> None:
-    options = ["train.steps=8", "bilevel.every=1", *extra]
-    plain = run(2, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", "cluster.workers=2", *options))
-    ahead = [*options, "dwm.look_ahead=true", "cluster.workers=2"]
-    other = run(2, tmp_path / "b", train, tiny_config(shards, tmp_path / "b", *ahead))
+EXTRAS = [(), ("dwm.control=random",), ("bilevel.stages=2", "bilevel.stage_updates=2")]
+
+
+@pytest.fixture(scope="module")
+def weighed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The run by the row of EXTRAS and whether it weighs ahead."""
+    folder, calls = tmp_path_factory.mktemp("weighed"), {}
+    for row, ahead in itertools.product(range(len(EXTRAS)), (False, True)):
+        options = ["train.steps=8", "bilevel.every=1", "cluster.workers=2", f"dwm.look_ahead={ahead}", *EXTRAS[row]]
+        calls[EXTRAS[row], ahead] = (2, tiny_config(shards, folder / f"{row}-{ahead}", *options))
+    return run_all(folder, train, calls)
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=" ".join)
+def test_weighing_ahead_changes_nothing(weighed: dict[Any, Any], extra: tuple[str, ...]) -> None:
+    plain, other = weighed[extra, False], weighed[extra, True]
     assert plain["lines"] == other["lines"]
     assert all(torch.equal(a, b) for a, b in zip(plain["theta"], other["theta"], strict=True))
