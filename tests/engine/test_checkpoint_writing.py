@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpointing import OPTIONS, checkpointer, names, save
-from gloo import run
+from gloo import run, run_all
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
@@ -50,19 +50,20 @@ def written_late(config: RunConfig) -> Any:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     parts = build(config)
     trainer = Trainer(parts)
-    if config.checkpoint.asynchronous:
-        dcp.save = late
-        step = trainer._train_step
+    with pytest.MonkeyPatch.context() as patch:
+        if config.checkpoint.asynchronous:
+            patch.setattr(dcp, "save", late)
+            step = trainer._train_step
 
-        def last(index: int, *batches: Any) -> Any:
-            result = step(index, *batches)
-            if index == 5:
-                assert trainer._checkpointer.writing
-                training_is_over.set()
-            return result
+            def last(index: int, *batches: Any) -> Any:
+                result = step(index, *batches)
+                if index == 5:
+                    assert trainer._checkpointer.writing
+                    training_is_over.set()
+                return result
 
-        trainer._train_step = last  # type: ignore[method-assign]
-    trainer.fit()
+            trainer._train_step = last  # type: ignore[method-assign]
+        trainer.fit()
     dist.barrier()  # rank 0 has renamed the last one
     folder = config.run_dir / "checkpoints"
     return names(config), [stored(path, parts) for path in list_checkpoints(folder)]
@@ -72,11 +73,11 @@ def written_late(config: RunConfig) -> Any:
 def test_what_is_written_late_is_what_was_there_when_it_was_saved(
     shards: dict[str, Path], tmp_path: Path, world: int, extra: tuple[str, ...]
 ) -> None:
-    found = {}
+    calls = {}
     for asynchronous in (False, True):
         options = (f"checkpoint.asynchronous={asynchronous}", f"cluster.workers={world}", *extra)
-        config = tiny_config(shards, tmp_path / str(asynchronous), *options)
-        found[asynchronous] = run(world, tmp_path / f"p{asynchronous}", written_late, config)
+        calls[asynchronous] = (world, tiny_config(shards, tmp_path / str(asynchronous), *options))
+    found = run_all(tmp_path, written_late, calls)
     assert found[True][0] == found[False][0] == ["step_000000003", "step_000000006"]
     for one, other in zip(found[True][1], found[False][1], strict=True):
         assert len(one) > 100
@@ -103,13 +104,24 @@ def write_limit(config: RunConfig) -> tuple[str, list[str], bool]:
     return message, names(config), before == after
 
 
-@pytest.mark.parametrize(("world", "asynchronous"), [(1, False), (2, False), (2, True)])
-def test_a_failing_write_leaves_the_last_checkpoint(
-    shards: dict[str, Path], tmp_path: Path, world: int, asynchronous: bool
-) -> None:
-    options = (f"cluster.workers={world}", f"checkpoint.asynchronous={asynchronous}")
-    config = tiny_config(shards, tmp_path, *OPTIONS, *options)
-    message, found, intact = run(world, tmp_path / "p", write_limit, config)
+LIMITED = [(1, False), (2, False), (2, True)]
+"""Ranks, whether it is written beside training."""
+
+
+@pytest.fixture(scope="module")
+def limited(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """`write_limit` by the row of LIMITED."""
+    folder, calls = tmp_path_factory.mktemp("limited"), {}
+    for world, asynchronous in LIMITED:
+        options = (f"cluster.workers={world}", f"checkpoint.asynchronous={asynchronous}")
+        config = tiny_config(shards, folder / f"{world}-{asynchronous}", *OPTIONS, *options)
+        calls[world, asynchronous] = (world, config)
+    return run_all(folder, write_limit, calls)
+
+
+@pytest.mark.parametrize("case", LIMITED, ids=str)
+def test_a_failing_write_leaves_the_last_checkpoint(limited: dict[Any, Any], case: tuple[int, bool]) -> None:
+    message, found, intact = limited[case]
     assert message.startswith("the checkpoint of step 2 cannot be written to")
     assert "free space there" in message and "\n" not in message
     assert found == ["step_000000001"]
@@ -120,35 +132,44 @@ def failing_storage(config: RunConfig, number: int, place: int) -> tuple[str, st
     """The kind and message of a save during which rank `place` meets an error of the system."""
     subject = checkpointer(config)
     save(subject, 1)
-    if dist.get_rank() == place:
 
-        def failing(*arguments: Any) -> Any:
-            try:
-                raise OSError(number, os.strerror(number))
-            finally:
-                raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")  # as torch hides it
+    def failing(*arguments: Any) -> Any:
+        try:
+            raise OSError(number, os.strerror(number))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos")  # as torch hides it
 
-        storage.FileSystemWriter.write_data = failing  # type: ignore[method-assign]
-    with pytest.raises((TrainingError, OSError)) as raised:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((TrainingError, OSError)) as raised:
+        if dist.get_rank() == place:
+            patch.setattr(storage.FileSystemWriter, "write_data", failing)
         save(subject, 2)
     return type(raised.value).__name__, str(raised.value), names(config)
 
 
-@pytest.mark.parametrize(
-    ("number", "place", "kind", "told"),
-    [
-        (errno.ENOSPC, 0, "TrainingError", "(No space left on device): free space there and"),
-        (errno.EDQUOT, 1, "TrainingError", "(Disk quota exceeded): free space there and"),
-        (errno.EACCES, 1, "TrainingError", "(Permission denied): allow writing there and"),
-        (errno.EIO, 1, "OSError", "(Input/output error)"),
-        (errno.ESTALE, 0, "OSError", "(Stale file handle)"),
-    ],
-)
+FAILURES = [
+    (errno.ENOSPC, 0, "TrainingError", "(No space left on device): free space there and"),
+    (errno.EDQUOT, 1, "TrainingError", "(Disk quota exceeded): free space there and"),
+    (errno.EACCES, 1, "TrainingError", "(Permission denied): allow writing there and"),
+    (errno.EIO, 1, "OSError", "(Input/output error)"),
+    (errno.ESTALE, 0, "OSError", "(Stale file handle)"),
+]
+
+
+@pytest.fixture(scope="module")
+def failed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """`failing_storage` by the number of the error."""
+    folder, calls = tmp_path_factory.mktemp("failed"), {}
+    for number, place, *_ in FAILURES:
+        config = tiny_config(shards, folder / str(number), *OPTIONS, "cluster.workers=2", "weighting.method=uniform")
+        calls[number] = (2, config, number, place)
+    return run_all(folder, failing_storage, calls)
+
+
+@pytest.mark.parametrize(("number", "place", "kind", "told"), FAILURES)
 def test_only_what_a_restart_would_meet_again_ends_the_run(
-    shards: dict[str, Path], tmp_path: Path, number: int, place: int, kind: str, told: str
+    failed: dict[int, Any], number: int, place: int, kind: str, told: str
 ) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "cluster.workers=2", "weighting.method=uniform")
-    found, message, left = run(2, tmp_path / "p", failing_storage, config, number, place)
+    found, message, left = failed[number]
     assert found == kind
     assert message.startswith("the checkpoint of step 2 cannot be written to") and "\n" not in message
     assert told in message.replace(f"[Errno {number}] ", "")
@@ -200,20 +221,23 @@ def test_a_checkpoint_is_told_when_it_is_whole(shards: dict[str, Path], tmp_path
 
 def without_space(config: RunConfig, place: int) -> str:
     """What rank 0 says of a save where rank `place` finds no space."""
-    if dist.get_rank() == place:
-        usage = namedtuple("usage", "total used free")
-        shutil.disk_usage = lambda _: usage(2**30, 2**30 - 1000, 1000)  # type: ignore[assignment,return-value]
-    try:
-        save(checkpointer(config), 1)
-    except TrainingError as error:
-        return str(error)
+    usage = namedtuple("usage", "total used free")
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == place:
+            patch.setattr(shutil, "disk_usage", lambda _: usage(2**30, 2**30 - 1000, 1000))
+        try:
+            save(checkpointer(config), 1)
+        except TrainingError as error:
+            return str(error)
     return "saved"
 
 
-@pytest.mark.parametrize(("place", "told"), [(0, "has 0.0 GiB free, a checkpoint takes about"), (1, "saved")])
-def test_rank_0_tells_all_of_too_little_space(shards: dict[str, Path], tmp_path: Path, place: int, told: str) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "cluster.workers=2", "weighting.method=uniform")
-    assert told in run(2, tmp_path / "p", without_space, config, place)
+def test_rank_0_tells_all_of_too_little_space(shards: dict[str, Path], tmp_path: Path) -> None:
+    options = (*OPTIONS, "cluster.workers=2", "weighting.method=uniform")
+    calls = {place: (2, tiny_config(shards, tmp_path / str(place), *options), place) for place in (0, 1)}
+    found = run_all(tmp_path, without_space, calls)
+    assert "has 0.0 GiB free, a checkpoint takes about" in found[0]
+    assert found[1] == "saved"
 
 
 def device_of_the_writer(config: RunConfig) -> tuple[list[Any], float]:
