@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from gloo import run
+from gloo import run, run_all
 from synthetic import tiny_config
 from test_invariants import TIMES, train
 
@@ -38,27 +38,35 @@ def undisturbed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return found
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((1, 0), (2, 0)),
-        ((2, 0), (1, 0)),
-        ((2, 0), (4, 0)),
-        ((2, 1), (2, 0)),  # two copies of the LM, then one in two parts
-        ((4, 2), (2, 1)),  # two copies in two parts each, then two whole ones
-    ],
-)
+LAYOUTS = [
+    ((1, 0), (2, 0)),
+    ((2, 0), (1, 0)),
+    ((2, 0), (4, 0)),
+    ((2, 1), (2, 0)),  # two copies of the LM, then one in two parts
+    ((4, 2), (2, 1)),  # two copies in two parts each, then two whole ones
+]
+"""Ranks and parallel.shard, before and after."""
+
+
+@pytest.fixture(scope="module")
+def continued(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The continued run by the row of LAYOUTS."""
+    folder, first, then = tmp_path_factory.mktemp("layouts"), {}, {}
+    for row, (before, after) in enumerate(LAYOUTS):
+        storage = folder / str(row)
+        first[row] = (before[0], tiny_config(shards, storage, *OPTIONS, *layout(*before)), CUT)
+        then[before, after] = (after[0], tiny_config(shards, storage, *OPTIONS, *layout(*after)))
+    run_all(folder / "before", train, first)
+    for _, config, _ in first.values():
+        assert step_of(list_checkpoints(config.run_dir / "checkpoints")[-1]) == 6
+    return run_all(folder / "after", train, then)
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_another_number_of_workers_or_another_mesh_continues_the_curve(
-    undisturbed: dict[str, Any],
-    shards: dict[str, Path],
-    tmp_path: Path,
-    before: tuple[int, int],
-    after: tuple[int, int],
+    undisturbed: dict[str, Any], continued: dict[Any, Any], case: Any
 ) -> None:
-    first = tiny_config(shards, tmp_path, *OPTIONS, *layout(*before))
-    run(before[0], tmp_path / "p1", train, first, CUT)
-    assert step_of(list_checkpoints(first.run_dir / "checkpoints")[-1]) == 6
-    found = run(after[0], tmp_path / "p2", train, tiny_config(shards, tmp_path, *OPTIONS, *layout(*after)))
+    found = continued[case]
     assert [line["step"] for line in found["lines"]] == list(range(STEPS + 1))
     assert found["lines"][-1]["dwm/version"] > found["lines"][6]["dwm/version"] > 0
     for whole, resumed in zip(undisturbed["lines"], found["lines"], strict=True):
@@ -144,15 +152,27 @@ def warned(config: RunConfig, interval: float, at: int) -> list[tuple[int, bool]
     return told
 
 
-@pytest.mark.parametrize(
-    ("interval", "at", "expected"),
-    [(0.0, 4, [(4, True), (6, True)]), (1000.0, 1, [(1, True), (6, True)]), (1000.0, 2, [(6, True)])],
-)
-def test_a_warning_saves_a_checkpoint_and_training_goes_on(
-    shards: dict[str, Path], tmp_path: Path, interval: float, at: int, expected: list[tuple[int, bool]]
-) -> None:
-    config = tiny_config(shards, tmp_path, "checkpoint.every=100", "cluster.workers=2")
-    assert run(2, tmp_path / "p", warned, config, interval, at) == expected
+WARNINGS = {
+    (0.0, 4): [(4, True), (6, True)],
+    (1000.0, 1): [(1, True), (6, True)],
+    (1000.0, 2): [(6, True)],
+}
+"""Seconds between two looks, the look that finds a warning -> checkpoints that are told."""
+
+
+@pytest.fixture(scope="module")
+def heeded(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """`warned` by the row of WARNINGS."""
+    folder, calls = tmp_path_factory.mktemp("warnings"), {}
+    for interval, at in WARNINGS:
+        config = tiny_config(shards, folder / f"{interval}-{at}", "checkpoint.every=100", "cluster.workers=2")
+        calls[interval, at] = (2, config, interval, at)
+    return run_all(folder, warned, calls)
+
+
+@pytest.mark.parametrize("case", WARNINGS, ids=str)
+def test_a_warning_saves_a_checkpoint_and_training_goes_on(heeded: dict[Any, Any], case: tuple[float, int]) -> None:
+    assert heeded[case] == WARNINGS[case]
 
 
 def saved_and_checked(config: RunConfig, other: RunConfig) -> str:
