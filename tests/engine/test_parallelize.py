@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.gloo import run
+from engine.gloo import run, run_all
 from synthetic import tiny_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -79,19 +79,31 @@ def assert_alike(found: dict[str, list[dict[str, float]]], expected: list[dict[s
                 assert line[key] == pytest.approx(right[key], rel=COMPARED[key]), (name, line["step"], key)
 
 
-@pytest.mark.parametrize("estimator", ["ghost_lowrank", "ghost", "one_sided"])
-def test_no_layout_changes_a_run(shards: dict[str, Path], tmp_path: Path, estimator: str) -> None:
-    options = [f"bilevel.estimator={estimator}", "bilevel.fidelity_every=1", "dwm.lm_features=true"]
-    options += ["bilevel.target_at=theta"] if estimator == "ghost" else []
-    config = tiny_config(shards, tmp_path, *options)
-    tried = LAYOUTS if estimator == "ghost_lowrank" else {name: LAYOUTS[name] for name in ("plain", "together")}
-    one = run(1, tmp_path / "one", trained, config, tried, 1)
-    assert any("dwm/fidelity" in line for line in one["plain"])
-    assert_alike(one, one["plain"])
-    hsdp = {"copies": ["parallel.shard=1"], "sharded": [*LAYOUTS["together"]]}
-    assert_alike(run(2, tmp_path / "two", trained, config, hsdp, 2), one["plain"])
-    if estimator == "ghost_lowrank":
-        assert_alike(run(4, tmp_path / "four", trained, config, {"2x2": ["parallel.shard=2"]}, 4), one["plain"])
+ESTIMATORS = ("ghost_lowrank", "ghost", "one_sided")
+HSDP = {"copies": ["parallel.shard=1"], "sharded": LAYOUTS["together"]}
+
+
+@pytest.fixture(scope="module")
+def layouts(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """`trained` by estimator and number of ranks."""
+    folder, calls = tmp_path_factory.mktemp("layouts"), {}
+    for estimator in ESTIMATORS:
+        options = [f"bilevel.estimator={estimator}", "bilevel.fidelity_every=1", "dwm.lm_features=true"]
+        options += ["bilevel.target_at=theta"] if estimator == "ghost" else []
+        config = tiny_config(shards, folder / estimator, *options)
+        tried = LAYOUTS if estimator == "ghost_lowrank" else {name: LAYOUTS[name] for name in ("plain", "together")}
+        calls |= {(estimator, 1): (1, config, tried, 1), (estimator, 2): (2, config, HSDP, 2)}
+        if estimator == "ghost_lowrank":
+            calls[estimator, 4] = (4, config, {"2x2": ["parallel.shard=2"]}, 4)
+    return run_all(folder, trained, calls)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_no_layout_changes_a_run(layouts: dict[Any, Any], estimator: str) -> None:
+    plain = layouts[estimator, 1]["plain"]
+    assert any("dwm/fidelity" in line for line in plain)
+    for found in (found for (name, _), found in layouts.items() if name == estimator):
+        assert_alike(found, plain)
 
 
 def test_compiled_blocks_learn_the_same_dwm(shards: dict[str, Path], tmp_path: Path) -> None:
@@ -215,14 +227,25 @@ def as_built_whole(preset: str, shard: int, offload: bool) -> tuple[bool, bool, 
     return alike, empty, (model.lm_head.weight is model.model.embed_tokens.weight) == llama.tie_word_embeddings
 
 
-@pytest.mark.parametrize(
-    ("world", "preset", "shard", "offload"),
-    [(1, "tiny", 0, False), (2, "tiny", 0, True), (2, "30m", 0, False), (3, "tiny", 0, False), (4, "tiny", 2, False)],
-)
-def test_weights_are_those_of_the_whole_lm_for_every_mesh(
-    tmp_path: Path, world: int, preset: str, shard: int, offload: bool
-) -> None:
-    assert run(world, tmp_path, as_built_whole, preset, shard, offload) == (True, True, True)
+MESHES = [
+    (1, "tiny", 0, False),
+    (2, "tiny", 0, True),
+    (2, "30m", 0, False),
+    (3, "tiny", 0, False),
+    (4, "tiny", 2, False),
+]
+"""Ranks, preset, parallel.shard, parallel.cpu_offload."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """`as_built_whole` by the row of MESHES."""
+    return run_all(tmp_path_factory.mktemp("meshes"), as_built_whole, {mesh: mesh for mesh in MESHES})
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_weights_are_those_of_the_whole_lm_for_every_mesh(built: dict[Any, Any], mesh: Any) -> None:
+    assert built[mesh] == (True, True, True)
 
 
 @pytest.mark.parametrize(
