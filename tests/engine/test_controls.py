@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from gloo import run
+from gloo import run_all
 from synthetic import tiny_config
 from test_baselines import fitted
 
@@ -42,14 +44,26 @@ def test_what_is_applied_is_as_far_from_uniform(weights: torch.Tensor, control: 
     assert torch.equal(applied, weights) or control in ("random", "shuffled")
 
 
-@pytest.mark.parametrize("control", ["random", "shuffled"])
-@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 2)])
+APPLIED = list(itertools.product(("random", "shuffled"), ((1, 8), (2, 2))))
+"""Control, and ranks with a micro-batch."""
+
+
+@pytest.fixture(scope="module")
+def applied(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The run by the row of APPLIED."""
+    folder, calls = tmp_path_factory.mktemp("applied"), {}
+    for control, (world, micro) in APPLIED:
+        options = [f"dwm.control={control}", "dwm.lr=1e-2", "dwm.min_ess_fraction=0", "train.steps=20", "seed=7"]
+        options += [f"cluster.workers={world}", f"train.micro_batch={micro}", f"name={control}-{world}"]
+        calls[control, (world, micro)] = (world, tiny_config(shards, folder, *options))
+    return run_all(folder, fitted, calls)
+
+
+@pytest.mark.parametrize(("control", "cut"), APPLIED, ids=str)
 def test_applied_weights_are_what_training_and_the_records_see(
-    shards: dict[str, Path], tmp_path: Path, control: str, world: int, micro: int
+    applied: dict[Any, Any], control: str, cut: tuple[int, int]
 ) -> None:
-    options = [f"dwm.control={control}", "dwm.lr=1e-2", "dwm.min_ess_fraction=0", "train.steps=20", "seed=7"]
-    options += [f"cluster.workers={world}", f"train.micro_batch={micro}"]
-    found = run(world, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *options))
+    found = applied[control, cut]
     moved = 0
     for step, (scores, weights, line) in enumerate(
         zip(found["score"], found["weight"] / 8, found["lines"][1:], strict=True)
@@ -88,10 +102,11 @@ def first_feedback(config: RunConfig) -> torch.Tensor:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_shuffled_target_permutes_the_feedback(shards: dict[str, Path], tmp_path: Path, world: int) -> None:
-    found = {}
+    calls = {}
     for control in CONTROLS:
         config = tiny_config(shards, tmp_path / control, f"dwm.control={control}", f"cluster.workers={world}", "seed=3")
-        found[control] = run(world, tmp_path / control, first_feedback, config)
+        calls[control] = (world, config)
+    found = run_all(tmp_path, first_feedback, calls)
     own = found["none"]
     assert torch.equal(found["random"], own) and torch.equal(found["shuffled"], own)
     assert torch.equal(found["shuffled_target"], learnt_alignments("shuffled_target", own, 3, 1))
