@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from checkpointing import OPTIONS, checkpointer, names, save
-from gloo import run
+from gloo import run, run_all
 from synthetic import tiny_config
 
 from ray_dwm.config import RunConfig
@@ -139,17 +140,27 @@ SPOILT: list[tuple[Callable[[Path, Path], None], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "world", "reason"), SPOILT)
+@pytest.fixture(scope="module")
+def spoilt(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunConfig, Any]]:
+    """Damage -> (configuration, `load_spoiled`)."""
+    folder, calls = tmp_path_factory.mktemp("spoilt"), {}
+    for spoil, world, _ in SPOILT:
+        config = tiny_config(shards, folder / spoil.__name__, *OPTIONS, f"cluster.workers={world}")
+        calls[spoil.__name__] = (world, config, spoil, config.run_dir / "mark", False)
+    found = run_all(folder, load_spoiled, calls)
+    return {name: (call[1], found[name]) for name, call in calls.items()}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [(spoil.__name__, reason) for spoil, _, reason in SPOILT])
 def test_a_damaged_or_hostile_checkpoint_is_passed_over_and_kept_aside(
-    shards: dict[str, Path], tmp_path: Path, spoil: Any, world: int, reason: str
+    spoilt: dict[str, tuple[RunConfig, Any]], spoil: str, reason: str
 ) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, f"cluster.workers={world}")
-    step, restored, said, found = run(world, tmp_path / "p", load_spoiled, config, spoil, tmp_path / "mark", False)
+    config, (step, restored, said, found) = spoilt[spoil]
     assert (step, restored) == (1, True)
     assert found == ["step_000000001", "step_000000002.damaged"]
     assert said.startswith(f"[{config.name}] warning: checkpoint step_000000002 is damaged (") and reason in said
     assert said.endswith("), kept as step_000000002.damaged: continuing from step 1\n") and said.count("\n") == 1
-    assert not (tmp_path / "mark").exists()
+    assert not (config.run_dir / "mark").exists()
 
 
 def test_where_none_is_good_the_run_does_not_start_anew(shards: dict[str, Path], tmp_path: Path) -> None:
@@ -162,7 +173,6 @@ def test_where_none_is_good_the_run_does_not_start_anew(shards: dict[str, Path],
 
 def sees_late(config: RunConfig, after_s: float, limit_s: float) -> tuple[int, str, list[str], str]:
     """What loading does where rank 1 sees the newest checkpoint only after a while, as on a network file system."""
-    storage.SIGHT_LIMIT_S, storage._SAID_AFTER_S, storage._POLL_S = limit_s, 0.1, 0.05
     subject, step, message = checkpointer(config), 0, ""
     save(subject, 1, 2)
     start, ordinary = time.monotonic(), storage.damage
@@ -171,23 +181,32 @@ def sees_late(config: RunConfig, after_s: float, limit_s: float) -> tuple[int, s
         lagging = dist.get_rank() == 1 and checkpoint.name == "step_000000002" and time.monotonic() - start < after_s
         return ".metadata is missing" if lagging else ordinary(checkpoint)
 
-    storage.damage = late
-    os.environ["LOCAL_RANK"] = "0"  # the ranks are on nodes of their own
-    try:
-        step, _ = subject.load_latest()
-    except TrainingError as error:
-        message = str(error)
+    waits = patch.multiple(storage, SIGHT_LIMIT_S=limit_s, _SAID_AFTER_S=0.1, _POLL_S=0.05, damage=late)
+    with waits, patch.dict(os.environ, LOCAL_RANK="0"):  # the ranks are on nodes of their own
+        try:
+            step, _ = subject.load_latest()
+        except TrainingError as error:
+            message = str(error)
     dist.barrier()
     return step, message, names(config), (config.run_dir / "messages.log").read_text()
 
 
+@pytest.fixture(scope="module")
+def seen(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[RunConfig, Any]]:
+    """Whether the checkpoint comes into sight -> (configuration, `sees_late`)."""
+    folder, calls = tmp_path_factory.mktemp("seen"), {}
+    for comes, times in ((True, (0.5, 60.0)), (False, (60.0, 0.5))):
+        options = (*OPTIONS, "cluster.workers=2", "weighting.method=uniform")
+        calls[comes] = (2, tiny_config(shards, folder / str(comes), *options), *times)
+    found = run_all(folder, sees_late, calls)
+    return {comes: (call[1], found[comes]) for comes, call in calls.items()}
+
+
 @pytest.mark.parametrize("comes", [True, False])
 def test_a_rank_that_sees_a_checkpoint_late_does_not_condemn_it(
-    shards: dict[str, Path], tmp_path: Path, comes: bool
+    seen: dict[bool, tuple[RunConfig, Any]], comes: bool
 ) -> None:
-    config = tiny_config(shards, tmp_path, *OPTIONS, "cluster.workers=2", "weighting.method=uniform")
-    times = (0.5, 60.0) if comes else (60.0, 0.5)
-    step, message, found, said = run(2, tmp_path / "p", sees_late, config, *times)
+    config, (step, message, found, said) = seen[comes]
     assert found == ["step_000000001", "step_000000002"], "nothing was put aside"
     assert "until rank 1 on node" in said and "sees step_000000002 as rank 0 does (.metadata is missing)" in said
     if comes:
