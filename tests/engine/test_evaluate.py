@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from gloo import run
+from gloo import run_all
 from synthetic import VOCAB, make_shards
 
 from ray_dwm.config import ParallelConfig
@@ -30,10 +31,21 @@ def evaluated(folder: str, sequences: int) -> tuple[float, int, int]:
     return mean_loss(model, batches), counted, sum(len(batch) for batch in batches)
 
 
-@pytest.mark.parametrize("sequences", [ROWS, 100, 5, 1])
-def test_two_ranks_count_what_one_counts(tmp_path: Path, sequences: int) -> None:
-    make_shards(tmp_path / "set", good=ROWS, noise=0, files=1)
-    one, two = (run(w, tmp_path / str(w), evaluated, str(tmp_path / "set"), sequences) for w in (1, 2))
+ASKED = (ROWS, 100, 5, 1)
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """`evaluated` by the number of ranks and of sequences that are asked for."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    make_shards(folder / "set", good=ROWS, noise=0, files=1)
+    calls = {(world, n): (world, str(folder / "set"), n) for world, n in itertools.product((1, 2), ASKED)}
+    return run_all(folder, evaluated, calls)
+
+
+@pytest.mark.parametrize("sequences", ASKED)
+def test_two_ranks_count_what_one_counts(losses: dict[Any, Any], sequences: int) -> None:
+    one, two = losses[1, sequences], losses[2, sequences]
     counted = min(sequences, ROWS)
     assert one[1] == two[1] == counted * 15
     assert two[2] == math.ceil(counted / 2)
