@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from gloo import run
+from gloo import run, run_all
 from synthetic import make_shards, tiny_config
 from transformers import LlamaForCausalLM
 
@@ -128,15 +129,29 @@ def test_weights_equal_those_of_a_plain_forward(
         assert float((8 * expected - 1).abs().max()) > 0.05
 
 
-@pytest.mark.parametrize("method", [LOSS, JOINT])
-@pytest.mark.parametrize(("world", "changes"), [(3, []), (1, ["train.micro_batch=3"]), (2, ["train.micro_batch=2"])])
+METHODS = {"loss": LOSS, "joint": JOINT}
+CUTS = [(1,), (3,), (1, "train.micro_batch=3"), (2, "train.micro_batch=2")]
+"""Ranks and overrides; the first is not cut."""
+
+
+@pytest.fixture(scope="module")
+def cut(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """The run by method and row of CUTS."""
+    folder, calls = tmp_path_factory.mktemp("cuts"), {}
+    for method, (world, *changes) in itertools.product(METHODS, CUTS):
+        name = f"name={method}-{world}-{len(changes)}"
+        base = ["train.optimizer=sgd", "train.lr=0.1"]  # Adam amplifies rounding of small gradients
+        options = [*METHODS[method], *base, *changes, name, f"cluster.workers={world}"]
+        calls[method, (world, *changes)] = (world, tiny_config(shards, folder, *options))
+    return run_all(folder, fitted, calls)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CUTS[1:], ids=str)
 def test_world_and_accumulation_do_not_change_the_weights(
-    shards: dict[str, Path], tmp_path: Path, method: list[str], world: int, changes: list[str]
+    cut: dict[Any, Any], method: str, case: tuple[Any, ...]
 ) -> None:
-    base = [*method, "train.optimizer=sgd", "train.lr=0.1"]  # Adam amplifies rounding of small gradients
-    reference = run(1, tmp_path / "a", fitted, tiny_config(shards, tmp_path / "a", *base))
-    config = tiny_config(shards, tmp_path / "b", *base, *changes, f"cluster.workers={world}")
-    other = run(world, tmp_path / "b", fitted, config)
+    reference, other = cut[method, CUTS[0]], cut[method, case]
     assert torch.equal(reference["sample_id"], other["sample_id"])
     torch.testing.assert_close(reference["weight"] / 8, other["weight"] / 8, atol=1e-5, rtol=0)
 
