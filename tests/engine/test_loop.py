@@ -98,12 +98,6 @@ def test_the_dwm_finds_what_resembles_the_target(shards: dict[str, Path], tmp_pa
     assert lines[0]["step"] == 0 and "loss" not in lines[0]
 
 
-def test_bf16_runs_and_learns(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, "train.precision=bf16", "train.steps=30")
-    lines = run(1, tmp_path / "p", fitted, config)
-    assert lines[-1]["val/target/loss"] < lines[0]["val/target/loss"] - 0.2
-
-
 def test_a_shorter_seq_len_cuts_every_sequence(shards: dict[str, Path], tmp_path: Path) -> None:
     lines = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, "lm.seq_len=8"))
     assert lines[-1]["tokens"] == 6 * 8 * 8
