@@ -77,6 +77,11 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
             raise ResourceError(
                 f"{address} runs other versions ({versions}): install the same here and there"
             ) from None
+        if "Initialization failure" in str(error):
+            raise ResourceError(
+                f"{address} could not start the process that Ray Client needs there: try again, or send the command to "
+                "the cluster by `ray-dwm submit`"
+            ) from None
         if address and "Failed to connect" in str(error):  # though somebody listens there: `probe` did not object
             raise ResourceError(
                 f"{address} answers, but does not let Ray in: where the cluster wants a token set RAY_AUTH_MODE=token "

@@ -57,6 +57,10 @@ def test_unreachable_cluster(shards: dict[str, Path], tmp_path: Path, monkeypatc
             "somewhere answers, but does not let Ray in: where the cluster wants a token set RAY_AUTH_MODE=token",
         ),
         (
+            ConnectionAbortedError("Initialization failure from server:\nTraceback"),
+            "somewhere could not start the process that Ray Client needs there: try again",
+        ),
+        (
             AuthenticationError("Token authentication is enabled but no token was found\nmore"),
             r"somewhere wants its token \(Token .* found\): set RAY_AUTH_MODE=token",
         ),
