@@ -26,6 +26,8 @@ from ray_dwm.logs import in_job, in_json, say
 NAMESPACE = "ray_dwm"
 DRIVER_HEADROOM_CPUS = 1
 """Logical CPUs that Ray Data's read tasks and the controller may use beside workers and actor."""
+SLIVER_CPUS = 0.01
+"""Of a trial's driver where no place is meant for drivers: it waits for others nearly all the time."""
 _PROBE_TIMEOUT_S = 10.0
 _KEEP_MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",

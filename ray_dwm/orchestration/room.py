@@ -11,17 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ray_dwm.config import RunConfig
-from ray_dwm.orchestration.cluster import actor_bundle, fitting, less, needed, worker_bundle
+from ray_dwm.orchestration.cluster import SLIVER_CPUS, actor_bundle, fitting, less, needed, worker_bundle
 
 DRIVER = "train_driver"
 """A resource of nodes that are meant for drivers, as Kubernetes gives to the head: one for each trial at once."""
-_SLIVER = 0.01
-"""CPU of a trial's driver where there is none: it waits for others nearly all the time."""
 
 
 def driver_resources(cluster: Mapping[str, float]) -> dict[str, float]:
     """What a trial's driver asks for: a place where drivers belong, or else a sliver of any CPU."""
-    return {DRIVER: 1.0} if cluster.get(DRIVER, 0.0) else {"CPU": _SLIVER}
+    return {DRIVER: 1.0} if cluster.get(DRIVER, 0.0) else {"CPU": SLIVER_CPUS}
 
 
 def at_once(nodes: Sequence[Mapping[str, float]], run: RunConfig) -> int:
@@ -48,7 +46,7 @@ def _have_room(nodes: Sequence[Mapping[str, float]], run: RunConfig, trials: int
         apart: drivers lie where they take nothing from the groups.
     """
     bundle, actor = worker_bundle(run), actor_bundle(run)
-    driver = 0.0 if apart else _SLIVER
+    driver = 0.0 if apart else SLIVER_CPUS
     beside = {"CPU": trials * (actor["CPU"] + driver), "GPU": trials * actor["GPU"]}
     places = fitting([dict(node) for node in nodes], bundle)
     # At worst all of that lies on whichever node it costs most; and no part costs more places than it is large.

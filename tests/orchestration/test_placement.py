@@ -14,6 +14,7 @@ from synthetic import tiny_config
 from ray_dwm import logs
 from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration import cluster, placement
+from ray_dwm.orchestration.cluster import SLIVER_CPUS
 from ray_dwm.orchestration.findings import Finding
 
 
@@ -112,6 +113,17 @@ def test_a_run_that_fits_in_sum_but_on_no_node_waits(
     large = tiny_config(shards, tmp_path, "cluster.workers=1", "cluster.dwm_cpus=3")
     with pytest.raises(ResourceError, match="needs 5 CPUs, of which 5 CPUs are free now, with room for 0 of 1 workers"):
         placement.check_room(large)
+
+
+def test_a_trials_driver_does_not_wait_for_itself(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, free = tiny_config(shards, tmp_path, *NEEDS_4), {"CPU": 4.0 - SLIVER_CPUS}
+    monkeypatch.setattr(placement, "free_resources", lambda: {"a": free})
+    placement.check_room(config)
+    free["CPU"] -= SLIVER_CPUS
+    with pytest.raises(ResourceError, match="the run needs 4 CPUs"):
+        placement.check_room(config)
 
 
 @pytest.mark.parametrize(("nodes", "client"), [(1, False), (3, False), (1, True)])
