@@ -17,25 +17,29 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--preset", "tiny", "--vocab", "64", "--seq-len", "16", "--global-batch", "8", "--micro-batch", "4"]
 
 
-def call(script: str, output: Path, *options: str) -> None:
-    command = [sys.executable, str(FOLDER / f"{script}.py"), *TINY, *options, "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True, timeout=800)
+def call(monkeypatch: pytest.MonkeyPatch, script: str, output: Path, *options: str) -> None:
+    """Run a script in this process, which has imported what it needs."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *TINY, *options, "--output", str(output)])
+    importlib.import_module(script).main()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # bf16 is the CPU's twin of benchmarks/gpu.sh
-def test_loop_overhead_writes_figures_with_configuration_and_versions(tmp_path: Path, precision: str) -> None:
-    call("loop_overhead", tmp_path, "--steps", "2", "--rounds", "1", "--precision", precision)
+def test_loop_overhead_writes_figures_with_configuration_and_versions(tmp_path: Path) -> None:
+    """From a shell; in bf16, as the CPU's twin of benchmarks/gpu.sh."""
+    options = ["--steps", "2", "--rounds", "1", "--precision", "bf16", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, str(FOLDER / "loop_overhead.py"), *TINY, *options], check=True, timeout=800)
     (file,) = tmp_path.iterdir()
     content = json.loads(file.read_text())
     figures = content["result"]["ours_over_bare"]
     assert figures["min"] <= figures["median"] <= figures["max"]
     assert content["versions"].keys() >= {"torch", "transformers"}
-    assert content["config"]["train"]["precision"] == precision
+    assert content["config"]["train"]["precision"] == "bf16"
 
 
-def test_memory_model_compares_every_case_that_is_asked_for(tmp_path: Path) -> None:
+def test_memory_model_compares_every_case_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An LM this small is nothing beside what its process holds: figures are checked for being there."""
-    call("memory_model", tmp_path, "--cases", "copies", "audited", "--target-batch", "2")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as the script does; monkeypatch takes it back
+    call(monkeypatch, "memory_model", tmp_path, "--cases", "copies", "audited", "--target-batch", "2")
     content = json.loads((tmp_path / "memory_model-cpu-tiny.json").read_text())
     assert content["result"].keys() == {"audited, 1", "copies, 2", "audited, 2"}
     for row in content["result"].values():
@@ -43,13 +47,13 @@ def test_memory_model_compares_every_case_that_is_asked_for(tmp_path: Path) -> N
         assert row["bilevel_predicted"] > row["plain_predicted"]
 
 
-def test_bilevel_adds_its_tables_to_a_file_and_draws_them(tmp_path: Path) -> None:
+def test_bilevel_adds_its_tables_to_a_file_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bilevel-cpu-tiny.json"
     earlier = {"made_with": {}, "figures": {"cases": {}}}
     file.write_text(json.dumps({"result": {"peers": earlier}}))
     few = ["--settings", "default", "jvp", "--rounds", "1", "--runs", "1", "--points", "3", "--target-pool", "16"]
     options = ["--target-batch", "8", "--precision", "bf16", "--tables", "cost", "memory", "fidelity", "growth"]
-    call("bilevel", tmp_path, *few, *options)
+    call(monkeypatch, "bilevel", tmp_path, *few, *options)
     assert (tmp_path / "bilevel-cpu-tiny.png").stat().st_size > 10_000
     content = json.loads(file.read_text())
     assert content["config"]["train"]["precision"] == "bf16"
@@ -96,9 +100,10 @@ def test_gpu_script_is_sound_shell() -> None:
     subprocess.run(["bash", "-n", str(FOLDER / "gpu.sh")], check=True)
 
 
-def test_throughput_writes_a_row_for_every_layout(tmp_path: Path) -> None:
+def test_throughput_writes_a_row_for_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ["loss chunks", "DWM, eager"]
-    call("throughput", tmp_path, "--steps", "2", "--rounds", "1", "--precision", "bf16", "--contenders", *few)
+    options = ["--steps", "2", "--rounds", "1", "--precision", "bf16", "--contenders", *few]
+    call(monkeypatch, "throughput", tmp_path, *options)
     rows = json.loads((tmp_path / "throughput-cpu-tiny.json").read_text())["result"]
     assert list(rows) == few
     for row in rows.values():
@@ -107,16 +112,17 @@ def test_throughput_writes_a_row_for_every_layout(tmp_path: Path) -> None:
         assert "mfu" not in row, "a CPU has no known peak"
 
 
-def test_scaling_puts_the_plan_beside_what_was_sent(tmp_path: Path) -> None:
-    call("scaling", tmp_path, "--steps", "3", "--rounds", "1", "--worlds", "1", "2")
+def test_scaling_puts_the_plan_beside_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(monkeypatch, "scaling", tmp_path, "--steps", "3", "--rounds", "1", "--worlds", "1", "2")
     rows = json.loads((tmp_path / "scaling-cpu-tiny.json").read_text())["result"]
     assert rows["1, uniform"]["predicted_bytes"] == 0
     assert rows["2, uniform"]["predicted_bytes"] > 0  # what was sent is no test's: others use the device, too
     assert rows["2, DWM"]["predicted_bytes"] > rows["2, uniform"]["predicted_bytes"]
 
 
-def test_gradient_features_are_compared_with_traker(tmp_path: Path) -> None:
+def test_gradient_features_are_compared_with_traker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trak", reason="traker (extra `oracle`) is not installed")
-    call("selection_dsdm", tmp_path, "--rounds", "1", "--features", "256", "--sequences", "5", "--batch", "3")
+    options = ["--rounds", "1", "--features", "256", "--sequences", "5", "--batch", "3"]
+    call(monkeypatch, "selection_dsdm", tmp_path, *options)
     result = json.loads((tmp_path / "selection_dsdm-cpu-tiny.json").read_text())["result"]
     assert result["dense_over_traker"]["median"] > 0 and result["traker"] == "0.3.2"
