@@ -49,7 +49,8 @@ def one_by_one(config: TuneConfig, trials: list[dict[str, Any]], folder: Path) -
 def measure(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, dict[str, list[float]]]:
     """Seconds of every round of both."""
     own = [f"storage={folder}", f"trials={args.trials}", f"train.steps={args.steps}"]
-    config = load_tune(SWEEP, [*own, "concurrent=1", "promote=0", "name=plan"])
+    whole = load_tune(SWEEP, [*own, "concurrent=1", "promote=0", "name=plan"])
+    config = dataclasses.replace(whole, scales={whole.first: whole.scales[whole.first]}, transfer=())
     base = scale_config(config, config.first)
     connect(base)
     prepare_sets(base, missing_only=True)
