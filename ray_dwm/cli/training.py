@@ -37,6 +37,10 @@ def experiment(
     methods: Annotated[str, typer.Option(help="Only these, as random,dsir, and what they need.")] = "",
     seeds: Annotated[str, typer.Option(help="Only these, as 0,1.")] = "",
     parallel: Annotated[int, typer.Option(min=1, help="Cells at once, where the cluster has room.")] = 1,
+    reuse: Annotated[
+        str,
+        typer.Option(help="Another experiment's folder: its finished runs are copied where they are configured alike."),
+    ] = "",
     only_table: Annotated[
         bool, typer.Option("--only-table", help="Run nothing: the leaderboard of what is done.")
     ] = False,
@@ -55,7 +59,7 @@ def experiment(
     else:
         seed = whole("--seeds", "all of them", 0, 2**63 - 1)
         chosen = job.choose(config, words(methods), [seed(word) for word in words(seeds)])
-        board = job.experiment(config, chosen, parallel=parallel)
+        board = job.experiment(config, chosen, parallel=parallel, reuse=Path(reuse) if reuse else None)
     for line in (*board.verdict, *board.notes):
         typer.echo(f"- {line}")
     typer.echo(f"leaderboard: {config.folder / LEADERBOARD}.md, .json, .html")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import ray
 import yaml
@@ -26,6 +27,7 @@ from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight, warn_
 from ray_dwm.orchestration.experiment_checks import check, largest, resources_of
 from ray_dwm.orchestration.findings import count
 from ray_dwm.orchestration.pool import Pool
+from ray_dwm.orchestration.reuse import take_over
 from ray_dwm.orchestration.train import train as train_run
 
 Ready = Callable[[Sequence[RunConfig]], str]
@@ -61,6 +63,7 @@ def experiment(
     cells: Sequence[Cell],
     *,
     parallel: int = 1,
+    reuse: Path | None = None,
     train: Train = train_run,
     ready: Ready | None = None,
 ) -> Board:
@@ -68,6 +71,7 @@ def experiment(
 
     Args:
         parallel: cells at once, where the cluster has room.
+        reuse: folder of another experiment, whose finished runs are copied where they are configured alike.
         train: what runs a cell, one after another.
         ready: by default, joins the cluster, or starts one, and holds it against what the runs ask for.
 
@@ -80,8 +84,10 @@ def experiment(
         TrainingError: cells have failed; the others are done.
     """
     warn_if_temporary("storage", config.storage)
-    todo = [cell for cell in cells if not is_done(config, cell)]
     runs = check(config, [cell for cell in grid(config) if cell in cells or is_done(config, cell)], parallel)
+    if reuse is not None:
+        take_over(config, {cell: runs[cell] for cell in cells}, reuse)
+    todo = [cell for cell in cells if not is_done(config, cell)]
     told = f"{len(cells)} cells, {len(cells) - len(todo)} are done"
     say(f"experiment {config.name}: {told}: {config.folder}")
     device = (ready or partial(make_ready, at_once=parallel))([runs[cell] for cell in todo]) if todo else ""
