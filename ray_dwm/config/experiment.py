@@ -86,6 +86,8 @@ class ExperimentConfig:
     """The evaluation set whose loss decides; the others are listed."""
     repeat: str = ""
     """A method whose cells of the first seed are run twice, to see whether the two are identical; empty: none."""
+    analyze: tuple[str, ...] = ()
+    """Methods of whose runs it is measured, when all cells are done, what their weights preferred."""
     nulls: bool = True
     """Add the null controls where the file does not have them."""
     overrides: dict[str, str] = field(default_factory=dict)
@@ -111,8 +113,9 @@ class ExperimentConfig:
 
     def _check_names(self) -> None:
         self._known("baseline", self.baseline, self.methods)
-        if self.repeat:
-            self._known("repeat", self.repeat, self.methods)
+        for key, names in (("repeat", [self.repeat] if self.repeat else []), ("analyze", self.analyze)):
+            for name in names:
+                self._known(key, name, self.methods)
         labels = [self.label(name) for name in self.methods]
         same = sorted({label for label in labels if labels.count(label) > 1})
         require(not same, f"methods: {', '.join(same)} is the label of more than one: give each its own")

@@ -22,6 +22,7 @@ from ray_dwm.config.experiment import Cell, ExperimentConfig, grid, needed
 from ray_dwm.data.records import LOCK, alone_in, is_locked, write_whole
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
 from ray_dwm.logs import say
+from ray_dwm.orchestration.analyze import Analysis, analyze
 from ray_dwm.orchestration.cells import Train, begin, fail, is_done, run_cell
 from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight, warn_if_temporary
 from ray_dwm.orchestration.experiment_checks import check, largest, resources_of
@@ -100,6 +101,8 @@ def experiment(
             else:
                 failed = _one_after_another(config, todo, train, device)
             _look(config)
+            if not failed:
+                _analyze(config)
         except KeyboardInterrupt:
             done = f"{sum(is_done(config, cell) for cell in cells)} of {len(cells)} cells are done"
             raise Stopped(f"experiment {config.name} interrupted, {done}: the same command continues") from None
@@ -131,6 +134,15 @@ def table(config: ExperimentConfig) -> Board:
 def _look(config: ExperimentConfig) -> None:
     """Compare the sets of what is done, once for all cells that have the same."""
     look([outcome.run for outcome in read_grid(config.folder).outcomes.values()])
+
+
+def _analyze(config: ExperimentConfig) -> None:
+    """Measure what the weights of some methods preferred, with each run's baseline as the reference LM."""
+    for cell in grid(config):
+        if cell.method in config.analyze and not cell.again and is_done(config, cell):
+            pair = (Cell(cell.size, config.baseline, cell.seed), cell)
+            runs = [config.folder / each.path for each in pair if is_done(config, each)]
+            analyze(runs, Analysis(output=config.folder / cell.path / "report.html"))
 
 
 def one_cell(config: ExperimentConfig, path: str) -> bool:

@@ -23,7 +23,6 @@ from ray_dwm.engine.rundir import stop_path
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
 from ray_dwm.orchestration.cells import configure, is_done, with_budget
 from ray_dwm.orchestration.experiment import choose, experiment, table
-from ray_dwm.orchestration.pool import Pool
 from ray_dwm.orchestration.run import absolute
 
 METHODS = """
@@ -250,26 +249,26 @@ def test_selected_tokens_are_those_that_are_trained_on(shards: dict[str, Path], 
     assert with_budget(chosen).selection.budget == 6 * 8 * 16
 
 
-def test_a_pool_starts_only_what_fits_beside_the_others(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = declare(shards, tmp_path)
-    cells = choose(config, ["uniform", "frozen"], [])
-    small, large = {"CPU": 2.0, "GPU": 0.0}, {"CPU": 5.0, "GPU": 0.0}
-    asked = {cell: small if cell.method == "uniform" else large for cell in cells}
-    pool = Pool(config, asked, 3, "")
-    started: list[str] = []
-
-    def start(cell: Cell) -> None:
-        started.append(cell.path)
-        pool._waiting.remove(cell)
-        pool._running[cell] = None  # type: ignore[assignment]
-
-    room = {"CPU": 7.0}
-    while (cell := pool._startable(room)) is not None:
-        start(cell)
-    # One small and one large; the frozen ones wait for what they need, and nothing else fits.
-    assert started == ["tiny/uniform/seed-0", "tiny/dwm/seed-0"]
-    pool._running.clear()
-    assert pool._startable({"CPU": 1.0}) is not None  # alone, whatever is counted: it was checked before
+@pytest.mark.usefixtures("given_dwms_fit")
+def test_what_is_to_be_analysed_is_when_all_is_done(
+    shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[Path], Path]] = []
+    monkeypatch.setattr(
+        "ray_dwm.orchestration.experiment.analyze", lambda folders, how: asked.append((folders, how.output))
+    )
+    config = declare(shards, tmp_path, "analyze=dwm")
+    with pytest.raises(TrainingError):
+        run(config, Trainer(lambda c: TrainingError("no memory") if c.dwm.mode == "frozen" else None))
+    assert asked == []
+    run(config, Trainer())
+    size = config.folder / "tiny"
+    assert asked == [
+        ([size / f"uniform/{seed}", size / f"dwm/{seed}"], size / f"dwm/{seed}" / "report.html")
+        for seed in ("seed-0", "seed-1")
+    ]
+    with pytest.raises(ConfigError, match="analyze is 'dwn', and there is none of that name: did you mean dwm"):
+        declare(shards, tmp_path, "analyze=dwn")
 
 
 def test_a_cluster_of_ones_own_has_room_for_all_cells_at_once(
