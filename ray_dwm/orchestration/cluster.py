@@ -81,8 +81,8 @@ def connect(config: RunConfig, at_once: int = 1) -> None:
             ) from None
         if "Initialization failure" in str(error):
             raise ResourceError(
-                f"{address} could not start the process that Ray Client needs there: try again, or send the command to "
-                "the cluster by `ray-dwm submit`"
+                f"{address} could not start the process that Ray Client needs there: try again, start its head with "
+                "GRPC_ENABLE_FORK_SUPPORT=0, or send the command to the cluster by `ray-dwm submit`"
             ) from None
         if address and "Failed to connect" in str(error):  # though somebody listens there: `probe` did not object
             raise ResourceError(

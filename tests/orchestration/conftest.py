@@ -54,6 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "RAY_metrics_report_interval_ms": "1000",  # not 10 s: a test's run is over by then
         "METRICS_URL": f"http://127.0.0.1:{metrics}/metrics",
         "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "180",  # a client's server starts, on a machine that may be slow
+        "GRPC_ENABLE_FORK_SUPPORT": "0",  # else one in ten of them dies as it is forked
         "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "180",
     }
     with (folder / "head.log").open("w") as log:
