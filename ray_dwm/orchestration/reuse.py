@@ -53,7 +53,7 @@ def _take(experiment: ExperimentConfig, cell: Cell, other: Grid, source: Cell) -
     run, target = other.outcomes[source].run.folder, experiment.folder / cell.path
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        shutil.copytree(run, fresh, ignore=shutil.ignore_patterns(LOCK))
+        shutil.copytree(run, fresh, symlinks=True, ignore=shutil.ignore_patterns(LOCK))
         fresh.rename(target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
