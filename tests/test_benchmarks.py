@@ -39,9 +39,9 @@ def test_loop_overhead_writes_figures_with_configuration_and_versions(tmp_path: 
 def test_memory_model_compares_every_case_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An LM this small is nothing beside what its process holds: figures are checked for being there."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as the script does; monkeypatch takes it back
-    call(monkeypatch, "memory_model", tmp_path, "--cases", "copies", "--target-batch", "2")
+    call(monkeypatch, "memory_model", tmp_path, "--cases", "copies", "audited", "--target-batch", "2")
     content = json.loads((tmp_path / "memory_model-cpu-tiny.json").read_text())
-    assert content["result"].keys() == {"copies, 2"}
+    assert content["result"].keys() == {"audited, 1", "copies, 2", "audited, 2"}
     for row in content["result"].values():
         assert min(row["plain_predicted"], row["plain_measured"]) > 0
         assert row["bilevel_predicted"] > row["plain_predicted"]

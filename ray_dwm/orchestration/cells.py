@@ -119,13 +119,13 @@ def run_cell(experiment: ExperimentConfig, cell: Cell, train: Train) -> bool:
     path = record_path(experiment.folder, cell)
     needs = {key: other.path for key, other in needed(experiment, cell).items()}
     record = {**_read(path), "state": "running", "needs": needs}
-    _write(path, record)
+    write_record(path, record)
     try:
         config = with_budget(configure(experiment, cell))
         chosen = with_selection(config)
         if chosen is not config:
             record["selection"] = chosen.data.train
-            _write(path, record)
+            write_record(path, record)
         _train(train, _in_its_folder(experiment, cell, chosen))
     except Stopped as stopped:
         raise Stopped(f"{cell.path}: {stopped}") from None
@@ -134,7 +134,7 @@ def run_cell(experiment: ExperimentConfig, cell: Cell, train: Train) -> bool:
             traceback.print_exc()
         fail(experiment, cell, str(error) if isinstance(error, DwmError) else f"{type(error).__name__}: {error}")
         return False
-    _write(path, {**record, "state": "done"})
+    write_record(path, {**record, "state": "done"})
     return True
 
 
@@ -153,14 +153,14 @@ def begin(experiment: ExperimentConfig, cell: Cell, device: str, at_once: int) -
     before = _read(path)
     devices = sorted({*before.get("devices", []), device})
     most = max(at_once, before.get("at_once", 1))
-    _write(path, {**before, "state": "running", "devices": devices, "at_once": most, "versions": versions()})
+    write_record(path, {**before, "state": "running", "devices": devices, "at_once": most, "versions": versions()})
 
 
 def fail(experiment: ExperimentConfig, cell: Cell, reason: str) -> None:
     """Write down, and say, why a cell is not done."""
     say(f"warning: {cell.path} failed: {reason}")
     path = record_path(experiment.folder, cell)
-    _write(path, {**_read(path), "state": "failed", "reason": " ".join(reason.split())})
+    write_record(path, {**_read(path), "state": "failed", "reason": " ".join(reason.split())})
 
 
 def has_failed(experiment: ExperimentConfig, cell: Cell) -> bool:
@@ -172,6 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write down how a cell went."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=2) + "\n")

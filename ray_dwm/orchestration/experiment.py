@@ -22,7 +22,6 @@ from ray_dwm.config.experiment import Cell, ExperimentConfig, grid, needed
 from ray_dwm.data.records import LOCK, alone_in, is_locked, write_whole
 from ray_dwm.errors import ConfigError, Stopped, TrainingError, UserError
 from ray_dwm.logs import say
-from ray_dwm.orchestration.analyze import Analysis, analyze
 from ray_dwm.orchestration.cells import Train, begin, fail, is_done, run_cell
 from ray_dwm.orchestration.cluster import alive_nodes, connect, preflight, warn_if_temporary
 from ray_dwm.orchestration.experiment_checks import check, largest, resources_of
@@ -101,7 +100,7 @@ def experiment(
             else:
                 failed = _one_after_another(config, todo, train, device)
             _look(config)
-            if not failed:
+            if config.analyze and not failed:
                 _analyze(config)
         except KeyboardInterrupt:
             done = f"{sum(is_done(config, cell) for cell in cells)} of {len(cells)} cells are done"
@@ -138,6 +137,8 @@ def _look(config: ExperimentConfig) -> None:
 
 def _analyze(config: ExperimentConfig) -> None:
     """Measure what the weights of some methods preferred, with each run's baseline as the reference LM."""
+    from ray_dwm.orchestration.analyze import Analysis, analyze  # five seconds, which no cell's driver needs
+
     for cell in grid(config):
         if cell.method in config.analyze and not cell.again and is_done(config, cell):
             pair = (Cell(cell.size, config.baseline, cell.seed), cell)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -12,10 +11,11 @@ from pathlib import Path
 from ray_dwm.analysis.grid import Grid, read_grid, record_path
 from ray_dwm.config import RunConfig
 from ray_dwm.config.experiment import Cell, ExperimentConfig
-from ray_dwm.data.records import LOCK, alone_in, write_whole
+from ray_dwm.data.records import LOCK, alone_in
 from ray_dwm.engine.rundir import check
 from ray_dwm.errors import UserError
 from ray_dwm.logs import say
+from ray_dwm.orchestration.cells import write_record
 from ray_dwm.orchestration.run import absolute
 
 
@@ -35,8 +35,8 @@ def take_over(experiment: ExperimentConfig, runs: Mapping[Cell, RunConfig], fold
         for cell, config in runs.items():
             if cell.again or (experiment.folder / cell.path).exists():
                 continue
-            same = (done for done, outcome in other.outcomes.items() if _is_same(config, outcome.run.folder))
-            if (source := next(same, None)) is not None:
+            of_seed = {done: outcome.run.folder for done, outcome in other.outcomes.items() if done.seed == cell.seed}
+            if (source := next((done for done, run in of_seed.items() if _is_same(config, run)), None)) is not None:
                 _take(experiment, cell, other, source)
 
 
@@ -57,7 +57,5 @@ def _take(experiment: ExperimentConfig, cell: Cell, other: Grid, source: Cell) -
         fresh.rename(target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    path = record_path(experiment.folder, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({**other.records[source], "taken_from": str(run)}, indent=2) + "\n")
+    write_record(record_path(experiment.folder, cell), {**other.records[source], "taken_from": str(run)})
     say(f"{cell.path} is {run}, which is configured alike")

@@ -94,7 +94,7 @@ def test_uniform_weights_are_plain_training_bit_for_bit(
         assert torch.equal(a, b)
 
 
-CUTS = [(1,), (2,), (1, "train.micro_batch=3"), (2, "train.micro_batch=2"), (3, "train.micro_batch=1")]
+CUTS = [(1,), (2,), (1, "train.micro_batch=3"), (2, "train.micro_batch=2"), (5, "train.micro_batch=1")]
 """Ranks and overrides; the first is not cut."""
 
 

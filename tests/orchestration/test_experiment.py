@@ -255,7 +255,7 @@ def test_what_is_to_be_analysed_is_when_all_is_done(
 ) -> None:
     asked: list[tuple[list[Path], Path]] = []
     monkeypatch.setattr(
-        "ray_dwm.orchestration.experiment.analyze", lambda folders, how: asked.append((folders, how.output))
+        "ray_dwm.orchestration.analyze.analyze", lambda folders, how: asked.append((folders, how.output))
     )
     config = declare(shards, tmp_path, "analyze=dwm")
     with pytest.raises(TrainingError):

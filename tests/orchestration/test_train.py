@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.saved import list_checkpoints
-from ray_dwm.errors import ResourceError, TrainingError
+from ray_dwm.errors import ResourceError
 from ray_dwm.models.folders import load_dwm
 from ray_dwm.orchestration import follow
 from ray_dwm.orchestration.series import RANK, RAY_SERIES, RUN, SERIES
@@ -120,7 +120,7 @@ def test_the_same_command_again_does_nothing(undisturbed: RunConfig, capsys: pyt
 
 
 def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
-    cluster: dict[str, str], shards: dict[str, Path], driver: None, tmp_path: Path
+    shards: dict[str, Path], console: Console, tmp_path: Path
 ) -> None:
     options = (
         "train.lr=1e30",
@@ -129,12 +129,12 @@ def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
         "weighting.method=uniform",
         "checkpoint.every=1",
     )
-    config = tiny_config(shards, tmp_path, *options, "name=diverges")
-    with Scraper(cluster) as scraper:
-        with pytest.raises(TrainingError, match=r"^the gradient is not finite at step.*lower train.lr") as raised:
-            train(config)
-        wait_for(lambda: scraper.of("ray_lm_failures_total", "diverges"), "the failure among the metrics")
-    assert re.search(r"\(rank 0 on \S+ \([\d.]+\), after step \d+, holding [\d.]+ GiB", str(raised.value))
+    config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=diverges")
+    with Scraper(console.environment) as scraper:
+        last = console.finish(config, console.start(config), code=1).splitlines()[-1]
+    assert last.startswith("error: the gradient is not finite at step")
+    assert "lower train.lr" in last
+    assert re.search(r"\(rank \d on \S+ \([\d.]+\), after step \d+, holding [\d.]+ GiB", last)
     assert [labels["kind"] for labels in scraper.of("ray_lm_failures_total", "diverges")] == ["not_finite"]
     steps = [line["step"] for line in figures(config)]
     assert f"step_{steps[-1]:09d}" in [path.name for path in (config.run_dir / "checkpoints").iterdir()]
