@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ray_dwm.analysis.cautions import of_grid
+from ray_dwm.analysis.cautions import grouped, of_grid
 from ray_dwm.analysis.comparison import Comparison
 from ray_dwm.analysis.experiment_page import Cautions, sections
 from ray_dwm.analysis.grid import Grid, Outcome, read_grid
@@ -115,7 +115,11 @@ def _markdown(grid: Grid, board: Board, shown: Sequence[Table], warned: Cautions
     parts += [legend(grid), "## Verdict", "\n".join(f"- {line}" for line in board.verdict) or "Nothing is done yet."]
     missing = ", ".join(_unchecked(grid))
     if warned or missing:
-        lines = [f"- {whose}: {one.title}. {one.found} ({one.rule})" for whose, one in warned]
+        lines = [
+            f"- {group.title} ({'; '.join(whose)}): {found} ({group.rule})"
+            for group in grouped(warned)
+            for found, whose in group.found.items()
+        ]
         parts += ["## Warnings", "\n".join([*lines, *([f"- Not looked for: {missing}."] if missing else [])])]
     if board.notes:
         parts += ["## Notes", "\n".join(f"- {line}" for line in board.notes)]

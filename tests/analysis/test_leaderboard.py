@@ -228,7 +228,7 @@ def test_an_overfitted_target_is_a_warning_in_all_files(experiment: ExperimentCo
     assert [(one["of"], one["title"], one["found"]) for one in content["warnings"]] == [
         ("DWM | learnt", "Target overfitted", said)
     ]
-    assert f"- DWM | learnt: Target overfitted. {said}" in (experiment.folder / "leaderboard.md").read_text()
+    assert f"- Target overfitted (DWM | learnt): {said}" in (experiment.folder / "leaderboard.md").read_text()
     assert said[1:] in (experiment.folder / "leaderboard.html").read_text()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from orchestration.conftest import PATIENCE_S, ROOT, Console
+from orchestration.conftest import PATIENCE_S, ROOT, Console, Scraper
 from synthetic import make_shards
 from synthetic_runs import fill
 
@@ -286,16 +286,18 @@ def test_a_cluster_of_ones_own_has_room_for_all_cells_at_once(
 def test_a_real_experiment_survives_a_failed_cell_and_repeats_itself(
     shards: dict[str, Path], driver: None, console: Console, tmp_path: Path
 ) -> None:
-    config = declare(shards, tmp_path)
+    stages = ("bilevel.stages=2", "bilevel.stage_updates=1")
+    config = declare(shards, tmp_path, *stages)
     busy = config.folder / "tiny/dwm/seed-0"
     busy.mkdir(parents=True)
-    with (busy / ".lock").open("a") as lock:
+    with (busy / ".lock").open("a") as lock, Scraper(console.environment) as scraper:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if another process trained it
         with pytest.raises(TrainingError, match=r"1 of 2 cells failed \(tiny/dwm/seed-0\)"):
             experiment(config, choose(config, ["dwm"], [0]))
+    assert set(scraper.samples["ray_dwm_stage"].values()) == {2}
     done = {path: path.read_bytes() for path in config.folder.glob("tiny/*/*/metrics.jsonl")}
     assert len(done) == 1
-    arguments = (f"storage={config.storage}", "--methods", "dwm", "--seeds", "0", "--parallel", "2")
+    arguments = (*stages, f"storage={config.storage}", "--methods", "dwm", "--seeds", "0", "--parallel", "2")
     command = [sys.executable, "-m", "ray_dwm.cli", "experiment", str(tmp_path / "x.yaml"), *arguments]
     second = subprocess.run(
         command, env=console.environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S

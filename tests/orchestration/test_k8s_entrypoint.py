@@ -39,7 +39,6 @@ def pods(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         for variable in container.get("env", []):
             if "value" in variable:
                 monkeypatch.setenv(variable["name"], variable["value"])
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # how soon it sees that workers have ended
     monkeypatch.setenv("PATH", f"{RAY.parent}:{os.environ['PATH']}")
     monkeypatch.chdir(ROOT)
     head = {kind: float(amount) for kind, amount in spec["headGroupSpec"]["resources"].items()}

@@ -12,22 +12,22 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import PATIENCE_S, ROOT, Console, Scraper, held, wait_for
+from orchestration.conftest import PATIENCE_S, RAY, ROOT, Console, Scraper, held, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
 from ray_dwm.engine.saved import list_checkpoints
-from ray_dwm.errors import ResourceError
+from ray_dwm.errors import ResourceError, TrainingError
 from ray_dwm.models.folders import load_dwm
 from ray_dwm.orchestration import follow
-from ray_dwm.orchestration.series import RANK, RAY_SERIES, RUN, SERIES
+from ray_dwm.orchestration.series import RANK, RAY_SERIES, SERIES
 from ray_dwm.orchestration.submit import Request, submit
 from ray_dwm.orchestration.train import train
 
@@ -49,25 +49,49 @@ def line_count(config: RunConfig) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+class Job(NamedTuple):
+    """A run that was a job, and what was seen of it."""
+
+    config: RunConfig
+    scraper: Scraper
+    output: str
+
+
 @pytest.fixture(scope="module")
-def scraped(cluster: dict[str, str], shards: dict[str, Path], tmp_path_factory: Any) -> tuple[RunConfig, Scraper]:
-    """A finished run of two FSDP workers and a DWM actor, with W&B offline; and its metrics."""
+def job(cluster: dict[str, str], shards: dict[str, Path], tmp_path_factory: Any) -> Job:
+    """A finished job of `ray job submit`: two FSDP workers and a DWM actor, with W&B offline."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    console = Console(cluster, folder)
     config = tiny_config(shards, folder, *OPTIONS, "name=undisturbed", "tracking.wandb=offline")
+    (folder / "run.yaml").write_text(to_yaml(config))
+    command = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py"]
     with Scraper(cluster) as scraper:
-        console.finish(config, console.start(config))
-    return config, scraper
+        done = subprocess.run(
+            [*command, "--config", str(folder / "run.yaml")],
+            cwd=ROOT,
+            env=cluster,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Job(config, scraper, done.stdout)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(scraped: tuple[RunConfig, Scraper]) -> RunConfig:
+def undisturbed(job: Job) -> RunConfig:
     """The run alone."""
-    return scraped[0]
+    return job.config
 
 
-def test_every_series_of_the_table_is_served(scraped: tuple[RunConfig, Scraper]) -> None:
-    config, scraper = scraped
+def test_a_job_shows_progress_and_speaks_json(job: Job) -> None:
+    assert "step 60/60" in job.output and "succeeded" in job.output
+    events = [json.loads(line) for line in job.output.splitlines() if line.startswith("{")]
+    assert all(event.keys() >= {"time", "level", "message", "run", "attempt", "rank", "step"} for event in events)
+    assert next(event for event in events if event["message"].startswith("step 60/60"))["run"] == "undisturbed"
+
+
+def test_every_series_of_the_table_is_served(job: Job) -> None:
+    config, scraper, _ = job
     missing = [s.exported for s in SERIES if not s.only and not scraper.of(s.exported, config.name)]
     assert not missing, f"of {sorted(scraper.samples)}"
     for series in SERIES:
@@ -79,8 +103,8 @@ def test_every_series_of_the_table_is_served(scraped: tuple[RunConfig, Scraper])
     assert scraper.samples.keys() >= RAY_SERIES
 
 
-def test_what_is_served_is_what_is_written_down(scraped: tuple[RunConfig, Scraper]) -> None:
-    config, scraper = scraped
+def test_what_is_served_is_what_is_written_down(job: Job) -> None:
+    config, scraper, _ = job
     lines = {line["step"]: line for line in read_metrics(config.run_dir / "metrics.jsonl")}
     (step,) = scraper.samples["ray_lm_step"].values()
     (loss,) = scraper.samples["ray_lm_loss"].values()
@@ -88,8 +112,8 @@ def test_what_is_served_is_what_is_written_down(scraped: tuple[RunConfig, Scrape
     assert loss in {lines[s]["loss"] for s in (step - 1, step, step + 1) if "loss" in lines.get(s, {})}
 
 
-def test_a_gauge_that_is_set_once_is_served_to_the_end(scraped: tuple[RunConfig, Scraper]) -> None:
-    config, scraper = scraped
+def test_a_gauge_that_is_set_once_is_served_to_the_end(job: Job) -> None:
+    config, scraper, _ = job
     step_50, _ = list_checkpoints(config.run_dir / "checkpoints")
     assert scraper.seen["ray_lm_restarts"] > step_50.stat().st_mtime
 
@@ -120,9 +144,10 @@ def test_the_same_command_again_does_nothing(undisturbed: RunConfig, capsys: pyt
 
 
 def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
-    shards: dict[str, Path], console: Console, tmp_path: Path
+    shards: dict[str, Path], cluster: dict[str, str], driver: None, tmp_path: Path
 ) -> None:
     options = (
+        "cluster.workers=1",
         "train.lr=1e30",
         "train.optimizer=sgd",
         "train.clip_norm=0",
@@ -130,11 +155,11 @@ def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
         "checkpoint.every=1",
     )
     config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=diverges")
-    with Scraper(console.environment) as scraper:
-        last = console.finish(config, console.start(config), code=1).splitlines()[-1]
-    assert last.startswith("error: the gradient is not finite at step")
-    assert "lower train.lr" in last
-    assert re.search(r"\(rank \d on \S+ \([\d.]+\), after step \d+, holding [\d.]+ GiB", last)
+    with Scraper(cluster) as scraper, pytest.raises(TrainingError) as raised:
+        train(config)
+    told = str(raised.value)
+    assert told.startswith("the gradient is not finite at step") and "lower train.lr" in told
+    assert re.search(r"\(rank 0 on \S+ \([\d.]+\), after step \d+, holding [\d.]+ GiB", told)
     assert [labels["kind"] for labels in scraper.of("ray_lm_failures_total", "diverges")] == ["not_finite"]
     steps = [line["step"] for line in figures(config)]
     assert f"step_{steps[-1]:09d}" in [path.name for path in (config.run_dir / "checkpoints").iterdir()]
@@ -242,36 +267,6 @@ def test_kill_9_leaves_no_trace_whether_driver_actor_or_worker(
     assert beat["attempt"] == 2 and (config.run_dir / "attempts").read_text() == "3\n"
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
-
-
-def ray_job_submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` with the source tree as working folder."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
-
-
-def test_a_job_learns_in_stages_and_shows_progress(
-    cluster: dict[str, str], shards: dict[str, Path], tmp_path: Path
-) -> None:
-    overrides = [
-        *(f"data.{name}={shards[name]}" for name in ("train", "target")),
-        f"data.held_out.test={shards['held_out']}",
-        *(f"storage={tmp_path}", "lm.preset=tiny", "train.steps=10", "train.global_batch=8", "train.micro_batch=4"),
-        *("bilevel.target_batch=8", "bilevel.stages=2", "bilevel.stage_updates=2", "bilevel.warmup_steps=1"),
-        *("tracking.wandb=off", "name=job"),
-    ]
-    with Scraper(cluster) as scraper:
-        done = ray_job_submit(cluster, *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 10/10" in done.stdout
-    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert all(event.keys() >= {"time", "level", "message", "run", "attempt", "rank", "step"} for event in events)
-    assert next(event for event in events if event["message"].startswith("step 10/10"))["run"] == "job"
-    assert "succeeded" in done.stdout
-    (stage,) = (n for labels, n in scraper.samples["ray_dwm_stage"].items() if (RUN, "job") in labels)
-    assert stage == 2
-    assert (tmp_path / "job" / "summary.json").is_file()
 
 
 def test_failing_configuration_fails_the_job(
