@@ -23,9 +23,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.orchestration.cluster import NAMESPACE
 
-# Of all drivers, in this process and in others; on a cluster of one machine.
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # how soon it sees that workers have ended, or died
-os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each run, where no node announces its end
+# Of all drivers, in this process and in others.
+os.environ |= {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon it sees that workers have ended, or died
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, where no node announces its end
+    "RAY_metrics_report_interval_ms": "1000",  # not 10 s: a test's run is over by then
+}
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -53,7 +56,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "CLIENT_ADDRESS": f"ray://127.0.0.1:{client}",
-        "RAY_metrics_report_interval_ms": "1000",  # not 10 s: a test's run is over by then
         "METRICS_URL": f"http://127.0.0.1:{metrics}/metrics",
         "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "180",  # a client's server starts, on a machine that may be slow
         "GRPC_ENABLE_FORK_SUPPORT": "0",  # else one in ten of them dies as it is forked

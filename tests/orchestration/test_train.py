@@ -155,8 +155,10 @@ def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
         "checkpoint.every=1",
     )
     config = tiny_config(shards, tmp_path, *OPTIONS, *options, "name=diverges")
-    with Scraper(cluster) as scraper, pytest.raises(TrainingError) as raised:
-        train(config)
+    with Scraper(cluster) as scraper:
+        with pytest.raises(TrainingError) as raised:
+            train(config)
+        wait_for(lambda: scraper.of("ray_lm_failures_total", "diverges"), "the count of failures")
     told = str(raised.value)
     assert told.startswith("the gradient is not finite at step") and "lower train.lr" in told
     assert re.search(r"\(rank 0 on \S+ \([\d.]+\), after step \d+, holding [\d.]+ GiB", told)
