@@ -114,6 +114,14 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
+def run_job(environment: dict[str, str], script: str, *arguments: str) -> str:
+    """What `ray job submit` prints of a script in jobs/, which must succeed."""
+    command = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{script}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 class Scraper:
     """A context in which the head's metrics are read all the time, as Prometheus would."""
 

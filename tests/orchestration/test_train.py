@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from orchestration.conftest import PATIENCE_S, RAY, ROOT, Console, Scraper, held, wait_for
+from orchestration.conftest import PATIENCE_S, ROOT, Console, Scraper, held, run_job, wait_for
 from synthetic import tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -63,18 +62,9 @@ def job(cluster: dict[str, str], shards: dict[str, Path], tmp_path_factory: Any)
     folder = tmp_path_factory.mktemp("undisturbed")
     config = tiny_config(shards, folder, *OPTIONS, "name=undisturbed", "tracking.wandb=offline")
     (folder / "run.yaml").write_text(to_yaml(config))
-    command = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py"]
     with Scraper(cluster) as scraper:
-        done = subprocess.run(
-            [*command, "--config", str(folder / "run.yaml")],
-            cwd=ROOT,
-            env=cluster,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Job(config, scraper, done.stdout)
+        output = run_job(cluster, "train", "--config", str(folder / "run.yaml"))
+    return Job(config, scraper, output)
 
 
 @pytest.fixture(scope="module")

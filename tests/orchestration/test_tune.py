@@ -13,12 +13,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
-from orchestration.conftest import PATIENCE_S, RAY, ROOT, Console, wait_for
+from orchestration.conftest import PATIENCE_S, ROOT, Console, run_job, wait_for
 from orchestration.test_experiment import Trainer, declare, given_dwms_fit  # noqa: F401
 from synthetic import make_shards
 from typer.testing import CliRunner
@@ -270,11 +269,10 @@ def test_progress_is_a_line_for_each_beginning_and_end(capsys: pytest.CaptureFix
 def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
     text = SWEEP.replace("large: {set: {train.steps: 8}}", "").replace("promote: 1", "promote: 0")
     config = sweep(shards, tmp_path, text=text)
-    options: dict[str, Any] = {"env": console.environment, "cwd": ROOT, "text": True}
     arguments = ["--config", str(tmp_path / "tune.yaml"), f"storage={config.storage}"]
     command = [sys.executable, "-m", "ray_dwm.cli", "tune", *arguments]
     with (tmp_path / "first.log").open("w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
+        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=console.environment, cwd=ROOT)
     trials = config.folder / TRIALS
 
     def states() -> list[TrialState]:
@@ -292,10 +290,8 @@ def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console:
     ended = [trial for trial in before if trial.state == TrialState.COMPLETE]
     kept = {path: path.read_bytes() for t in ended for path in (trials / t.user_attrs["folder"]).glob("metrics.jsonl")}
     assert ended and len(kept) == len(ended)
-    job = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python", "jobs/tune.py", *arguments]
-    second = subprocess.run(job, capture_output=True, timeout=2 * PATIENCE_S, **options)  # the same command, as a job
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert f"4 trials, {len(ended)} have ended" in second.stdout
+    told = run_job(console.environment, "tune", *arguments)  # the same command, as a job
+    assert f"4 trials, {len(ended)} have ended" in told
     assert {path: path.read_bytes() for path in kept} == kept
     after = optuna.load_study(study_name="x", storage=url_of(config)).trials
     for one in ended:
