@@ -27,11 +27,10 @@ from ray_dwm.errors import ResourceError
 from ray_dwm.orchestration.cluster import alive_nodes, fitting, worker_bundle
 from ray_dwm.orchestration.doctor_nodes import NodeFacts, node_facts
 from ray_dwm.orchestration.findings import Finding, count, failure
+from ray_dwm.orchestration.storage_visit import appears, visit
 
 _BUSY = "wait until the cluster is less busy, or ask for less (cluster.*)"
 _NETWORK = "let nodes reach each other on all ports; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network to use"
-_SEE_TIMEOUT_S = 10.0
-"""A network file system may show a new file late."""
 
 
 def on_nodes(
@@ -240,7 +239,7 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
         )
         for node, problems in answers:
             # A node that says what is wrong is not waited for: a hundred of them would take the check's whole time.
-            if not problems and not _appears(folder / node["NodeID"], token):
+            if not problems and not appears(folder / node["NodeID"], token):
                 problems = [f"what it wrote to {storage} is not seen here"]
             if problems:
                 remedy = "mount one shared file system at the same path on all nodes, and put storage and data there"
@@ -254,35 +253,6 @@ def check_storage(storage: Path, inputs: Sequence[Path], limit_s: float) -> list
         raise ResourceError(f"{storage} cannot be written ({error.strerror}): choose another storage=...") from None
     finally:
         _remove(folder, made)
-
-
-def visit(folder: str, node: str, token: str, digests: dict[str, str]) -> list[str]:
-    """On a node: what is wrong there with the driver's file, with this node's own and with the data."""
-    problems = []
-    if not _appears(Path(folder) / "driver", token):
-        return [f"does not see {Path(folder).parent}"]
-    try:
-        (Path(folder) / node).write_text(token)
-    except OSError as error:
-        problems.append(f"cannot write {Path(folder).parent} ({error.strerror})")
-    for path, digest in digests.items():
-        if not Path(path).is_file():
-            problems.append(f"does not see {path}")
-        elif file_sha256(Path(path)) != digest:
-            problems.append(f"has another {path}")
-    return problems
-
-
-def _appears(path: Path, content: str) -> bool:
-    deadline = time.monotonic() + _SEE_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            if path.read_text() == content:
-                return True
-        except OSError:
-            pass
-        time.sleep(0.2)
-    return False
 
 
 def _remove(folder: Path, made: Sequence[Path]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 
 import ray
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.metrics import Counter, Gauge
 
 from ray_dwm.config import RunConfig
@@ -142,11 +141,6 @@ class RaySink:
     def close(self, exit_code: int) -> None:
         """See MetricSink."""
         del exit_code  # what is exported ends with its exporter
-
-
-def run_id() -> str:
-    """Ray Train's id of this run, in a worker: another one for every start of the command."""
-    return get_train_context().train_run_context.run_id
 
 
 def resident_bytes() -> int:

@@ -13,6 +13,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution.context import get_train_context
 
 from ray_dwm import logs
 from ray_dwm.config import RunConfig, build
@@ -29,7 +30,7 @@ from ray_dwm.engine.setup import build as build_parts
 from ray_dwm.errors import DwmError, Stopped
 from ray_dwm.orchestration.cluster import NAMESPACE
 from ray_dwm.orchestration.dwm_actor import RemoteWeightService, actor_name
-from ray_dwm.orchestration.exporting import Exporter, RaySink, run_id
+from ray_dwm.orchestration.exporting import Exporter, RaySink
 from ray_dwm.orchestration.fit import Figures
 from ray_dwm.orchestration.ingest import RayDataSource
 from ray_dwm.orchestration.tracking import sinks
@@ -47,7 +48,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     logs.setup(logs.style_of(config.tracking.logs, worker=True))
     logs.bind(run=config.name, attempt=attempt, rank=rank, step=0)
     try:
-        with Exporter("worker", config.name, run_id(), str(rank)) as exporter:
+        run_id = get_train_context().train_run_context.run_id  # Ray Train's: another one for every start of the command
+        with Exporter("worker", config.name, run_id, str(rank)) as exporter:
             if main:
                 running_path(config).touch()
                 exporter.put("lm_restarts", attempt - 1)

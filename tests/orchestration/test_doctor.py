@@ -24,7 +24,7 @@ from ray_dwm.cli import app
 from ray_dwm.config import RunConfig, load, to_yaml
 from ray_dwm.data.manifest import file_sha256
 from ray_dwm.errors import ResourceError
-from ray_dwm.orchestration import cluster, doctor, doctor_config, doctor_probes
+from ray_dwm.orchestration import cluster, doctor, doctor_config, doctor_probes, storage_visit
 from ray_dwm.orchestration.dwm_actor import actor_name
 from ray_dwm.orchestration.findings import Finding, has_failed, run_check
 
@@ -45,7 +45,7 @@ def test_a_run_folder_that_is_complete_or_in_use(shards: dict[str, Path], tmp_pa
 
 
 def test_what_a_node_says_of_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_probes, "_SEE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(storage_visit, "SEE_TIMEOUT_S", 0.3)
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe" / "driver").write_text("token")
     data = tmp_path / "manifest.json"
@@ -53,7 +53,7 @@ def test_what_a_node_says_of_the_storage(tmp_path: Path, monkeypatch: pytest.Mon
     digests = {str(data): file_sha256(data)}
 
     def visit(folder: Path, files: dict[str, str]) -> list[str]:
-        return doctor_probes.visit(str(folder), "node", "token", files)
+        return storage_visit.visit(str(folder), "node", "token", files)
 
     assert visit(tmp_path / "probe", digests) == []
     assert (tmp_path / "probe" / "node").read_text() == "token"

@@ -34,21 +34,28 @@ WITHOUT_GPU = {
 HEAVY = ("transformers", "torch.distributed.fsdp", "torch.distributed.checkpoint", "matplotlib")
 CODE = f"""
 import sys
-import ray_dwm.orchestration.dwm_actor, ray_dwm.orchestration.train
-from ray_dwm.config import load
-from ray_dwm.orchestration.tracking import sinks
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
 
 def tracked(mode):
     return len(sinks(load([sys.argv[1]], [f"tracking.wandb={{mode}}"]))), "wandb" in sys.modules
 
+import ray_dwm.orchestration.storage_visit
+print("a node's visit:", loaded("ray", "torch"))
+import ray_dwm.orchestration.dwm_service
+print("the actor:", loaded("ray.data", "ray.train", "torch.distributed.tensor"))
+import ray_dwm.orchestration.dwm_actor, ray_dwm.orchestration.train
+from ray_dwm.config import load
+from ray_dwm.orchestration.tracking import sinks
 print(*tracked("off"))
 import ray_dwm.orchestration.trial
-print("loaded:", *(name for name in {HEAVY} if name in sys.modules))
+print("the driver:", loaded(*{HEAVY}))
 print(*tracked("offline"))
 """
 
 
-def test_what_only_waits_for_workers_imports_neither_what_they_need_nor_what_is_switched_off(
+def test_processes_import_neither_what_only_others_need_nor_what_is_switched_off(
     shards: dict[str, Path], tmp_path: Path
 ) -> None:
     config = tiny_config(shards, tmp_path)
@@ -56,7 +63,7 @@ def test_what_only_waits_for_workers_imports_neither_what_they_need_nor_what_is_
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-c", CODE, str(tmp_path / "c.yaml")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert told[:2] == ["0 False", "loaded:"] and told[-1] == "1 True"
+    assert told == ["a node's visit: []", "the actor: []", "0 False", "the driver: []", "1 True"]
 
 
 @pytest.mark.parametrize(("gpus", "environment"), [(0, WITHOUT_GPU), (1, {}), (0.5, {})])

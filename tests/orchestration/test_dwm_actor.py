@@ -17,7 +17,8 @@ from synthetic import VOCAB, tiny_config
 from ray_dwm.config import BilevelConfig, DwmConfig
 from ray_dwm.engine.learner import DwmLearner, Feedback, State
 from ray_dwm.models.dwm import dwm_shape
-from ray_dwm.orchestration.dwm_actor import DwmService, RemoteWeightService, create_actor
+from ray_dwm.orchestration.dwm_actor import RemoteWeightService, create_actor
+from ray_dwm.orchestration.dwm_service import DwmService
 
 
 class InProcess(DwmService):
