@@ -1,11 +1,11 @@
-# make quickstart | test | checks | bench | k8s: each creates its own .venv first, nothing else is needed.
+# make quickstart | test | test-slow | checks | bench | k8s: each creates its own .venv first, nothing else is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-ray test-others checks bench selection-table dashboards optuna-dashboard tensorboard k8s monitoring-tools install clean
+.PHONY: quickstart test test-slow test-ray test-others checks bench selection-table dashboards optuna-dashboard tensorboard k8s monitoring-tools install clean
 
 install: $(STAMP)
 
@@ -21,14 +21,16 @@ quickstart: $(STAMP)
 	$(BIN)/ray-dwm compare --config configs/quickstart.yaml
 
 # Side by side, because those with Ray mostly wait.
-test: $(STAMP)
-	@$(MAKE) --no-print-directory -j2 --output-sync test-ray test-others
+test: WHICH := not slow
+test-slow: WHICH := slow
+test test-slow: $(STAMP)
+	@$(MAKE) --no-print-directory -j2 --output-sync test-ray test-others WHICH="$(WHICH)"
 
 test-ray: $(STAMP)
-	$(BIN)/python -m pytest tests/orchestration
+	$(BIN)/python -m pytest tests/orchestration -m "$(WHICH)"
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest --ignore=tests/orchestration
+	$(BIN)/python -m pytest --ignore=tests/orchestration -m "$(WHICH)"
 
 checks: $(STAMP)
 	$(BIN)/ruff check .

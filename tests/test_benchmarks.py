@@ -24,6 +24,7 @@ def call(monkeypatch: pytest.MonkeyPatch, script: str, output: Path, *options: s
     importlib.import_module(script).main()
 
 
+@pytest.mark.slow
 def test_loop_overhead_writes_figures_with_configuration_and_versions(tmp_path: Path) -> None:
     """From a shell; in bf16, as the CPU's twin of benchmarks/gpu.sh."""
     options = ["--steps", "2", "--rounds", "1", "--precision", "bf16", "--output", str(tmp_path)]
@@ -36,6 +37,7 @@ def test_loop_overhead_writes_figures_with_configuration_and_versions(tmp_path: 
     assert content["config"]["train"]["precision"] == "bf16"
 
 
+@pytest.mark.slow
 def test_memory_model_compares_every_case_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An LM this small is nothing beside what its process holds: figures are checked for being there."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as the script does; monkeypatch takes it back
@@ -47,6 +49,7 @@ def test_memory_model_compares_every_case_that_is_asked_for(tmp_path: Path, monk
         assert row["bilevel_predicted"] > row["plain_predicted"]
 
 
+@pytest.mark.slow
 def test_bilevel_adds_its_tables_to_a_file_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bilevel-cpu-tiny.json"
     earlier = {"made_with": {}, "figures": {"cases": {}}}
@@ -100,6 +103,7 @@ def test_gpu_script_is_sound_shell() -> None:
     subprocess.run(["bash", "-n", str(FOLDER / "gpu.sh")], check=True)
 
 
+@pytest.mark.slow
 def test_throughput_writes_a_row_for_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ["loss chunks", "DWM, eager"]
     options = ["--steps", "2", "--rounds", "1", "--precision", "bf16", "--contenders", *few]
@@ -112,6 +116,7 @@ def test_throughput_writes_a_row_for_every_layout(tmp_path: Path, monkeypatch: p
         assert "mfu" not in row, "a CPU has no known peak"
 
 
+@pytest.mark.slow
 def test_scaling_puts_the_plan_beside_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call(monkeypatch, "scaling", tmp_path, "--steps", "3", "--rounds", "1", "--worlds", "1", "2")
     rows = json.loads((tmp_path / "scaling-cpu-tiny.json").read_text())["result"]
@@ -120,6 +125,7 @@ def test_scaling_puts_the_plan_beside_what_was_sent(tmp_path: Path, monkeypatch:
     assert rows["2, DWM"]["predicted_bytes"] > rows["2, uniform"]["predicted_bytes"]
 
 
+@pytest.mark.slow
 def test_gradient_features_are_compared_with_traker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trak", reason="traker (extra `oracle`) is not installed")
     options = ["--rounds", "1", "--features", "256", "--sequences", "5", "--batch", "3"]

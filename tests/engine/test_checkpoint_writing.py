@@ -75,7 +75,7 @@ def test_what_is_written_late_is_what_was_there_when_it_was_saved(
 ) -> None:
     calls = {}
     for asynchronous in (False, True):
-        options = (f"checkpoint.asynchronous={asynchronous}", f"cluster.workers={world}", *extra)
+        options = (f"checkpoint.asynchronous={asynchronous}", "checkpoint.every=3", f"cluster.workers={world}", *extra)
         calls[asynchronous] = (world, tiny_config(shards, tmp_path / str(asynchronous), *options))
     found = run_all(tmp_path, written_late, calls)
     assert found[True][0] == found[False][0] == ["step_000000003", "step_000000006"]
@@ -193,7 +193,7 @@ def fails_in_training(config: RunConfig) -> tuple[str, int]:
 
 
 def test_a_write_that_fails_beside_training_stops_the_run(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, "cluster.workers=2")
+    config = tiny_config(shards, tmp_path, "cluster.workers=2", "checkpoint.every=3")
     message, told = run(2, tmp_path / "p", fails_in_training, config)
     assert message.startswith("the checkpoint of step 3 cannot be written to") and "\n" not in message
     assert told == 0 and names(config) == []
@@ -212,7 +212,7 @@ def tell(config: RunConfig) -> list[tuple[int, str, bool, float]]:
 
 
 def test_a_checkpoint_is_told_when_it_is_whole(shards: dict[str, Path], tmp_path: Path) -> None:
-    config = tiny_config(shards, tmp_path, "cluster.workers=2")
+    config = tiny_config(shards, tmp_path, "cluster.workers=2", "checkpoint.every=3")
     told = run(2, tmp_path / "p", tell, config)
     assert told == [(3, "step_000000003", True, 3), (6, "step_000000006", True, 6)]
     made_by = json.loads((config.run_dir / "checkpoints" / "step_000000006" / "identity.json").read_text())["made_by"]

@@ -107,6 +107,7 @@ def test_an_lm_has_no_excess_over_itself(
     assert last(found, "alpha") == {"good": 0.5, "noise": 0.5}
 
 
+@pytest.mark.slow
 def test_noise_gains_by_its_loss_but_not_by_its_excess(
     shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -156,7 +157,7 @@ def test_all_ranks_agree_exactly(shards: dict[str, Path], lms: dict[str, Path], 
 def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
     shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path, world: int
 ) -> None:
-    options = over(lms["learnt"], f"cluster.workers={world}", "train.steps=8")
+    options = over(lms["learnt"], f"cluster.workers={world}", "train.steps=8", "checkpoint.every=3")
     whole = run(world, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *options))
     stopped = tiny_config(shards, tmp_path / "b", *options)
     run(world, tmp_path / "b1", train, stopped, 5)
@@ -169,7 +170,7 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
 def test_another_number_of_workers_continues_the_game(
     shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path
 ) -> None:
-    base = over(lms["learnt"], "train.optimizer=sgd", "train.lr=0.1", "train.steps=8")
+    base = over(lms["learnt"], "train.optimizer=sgd", "train.lr=0.1", "train.steps=8", "checkpoint.every=3")
     whole = run(1, tmp_path / "a", train, tiny_config(shards, tmp_path / "a", *base))
     run(1, tmp_path / "b1", train, tiny_config(shards, tmp_path / "b", *base), 5)
     resumed = run(2, tmp_path / "b2", train, tiny_config(shards, tmp_path / "b", *base, "cluster.workers=2"))

@@ -106,6 +106,7 @@ def test_no_layout_changes_a_run(layouts: dict[Any, Any], estimator: str) -> Non
         assert_alike(found, plain)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_learn_the_same_dwm(shards: dict[str, Path], tmp_path: Path) -> None:
     """The ghosts watch a step without the compiled code; all other steps run it."""
     config = tiny_config(shards, tmp_path, "train.steps=4", "train.eval_every=4", "checkpoint.every=4")
@@ -139,6 +140,7 @@ def losses_of_shapes(options: list[str], shapes: list[tuple[int, int]]) -> list[
     return found
 
 
+@pytest.mark.slow
 def test_compiled_code_takes_every_shape(tmp_path: Path) -> None:
     """Micro-batches, target batches and evaluation end in ragged ones, and so do the chunks of a sequence."""
     shapes = [(4, 16), (3, 16), (1, 16), (16, 16), (2, 16), (5, 16), (7, 16), (6, 16), (8, 16), (9, 16), (1, 8), (4, 8)]

@@ -23,7 +23,7 @@ from ray_dwm.engine.setup import build
 from ray_dwm.errors import ConfigError, Stopped
 
 STEPS, CUT = 10, 7  # the run is cut in step 7; its newest checkpoint is of step 6
-OPTIONS = (f"train.steps={STEPS}", "train.micro_batch=4", "train.lr=1e-3")
+OPTIONS = (f"train.steps={STEPS}", "train.micro_batch=4", "train.lr=1e-3", "checkpoint.every=3")
 
 
 def layout(world: int, shard: int) -> tuple[str, ...]:

@@ -165,6 +165,7 @@ def test_what_does_not_fit_the_context_is_counted(tmp_path: Path) -> None:
     assert {score.truncated for score in found.scores} == {longer}
 
 
+@pytest.mark.slow
 def test_one_of_lm_evals_own_tasks_with_its_data_on_this_disk(
     lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def test_flops_of_the_370m_preset_by_hand() -> None:
     assert flops_per_token("370m", 32_000, 2048) == 6 * (373_867_520 - 32_768_000) + 12 * 24 * 1024 * 2048
 
 
+@pytest.mark.slow
 def test_one_step_of_370m_on_the_cpu() -> None:
     model = build_lm(lm_config("370m", vocab_size=32_000, seq_len=16), seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -24,6 +24,7 @@ from ray_dwm.errors import UserError
 from ray_dwm.orchestration.analyze import Analysis, analyze, apart, preferences_of
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("driver")
 def test_preferences_of_a_pair_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = planted(tmp_path, diverse_late)

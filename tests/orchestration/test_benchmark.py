@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from orchestration.conftest import PATIENCE_S, ROOT
 
 TINY = ["--preset", "tiny", "--vocab", "64", "--seq-len", "16", "--global-batch", "8", "--micro-batch", "4"]
@@ -14,6 +15,7 @@ FEW = ["--steps", "2", "--rounds", "1", "--batches", "20", "--stall-steps", "2",
 FEW += ["--workers", "1", "--gigabytes", "0.001"]
 
 
+@pytest.mark.slow
 def test_ingest_writes_figures(tmp_path: Path, cluster: dict[str, str]) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "ingest.py"), *TINY, *FEW, "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_S, env=cluster)

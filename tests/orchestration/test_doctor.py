@@ -273,6 +273,7 @@ def test_on_a_cluster_that_others_use(
     assert rows["process group"].found.startswith("others hold what the workers need")
 
 
+@pytest.mark.slow
 def test_through_ray_client(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
     run = tiny_config(shards, tmp_path / "runs", "cluster.workers=2", "train.micro_batch=4")
     file = tmp_path / "run.yaml"

@@ -32,6 +32,7 @@ def config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
     return tiny_config(shards, root, *OPTIONS, f"selection.output={root / 'out'}", *overrides)
 
 
+@pytest.mark.slow
 def test_domain_weights_are_learnt_and_the_pool_resampled(
     shards: dict[str, Path],
     tmp_path: Path,

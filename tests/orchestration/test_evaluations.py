@@ -50,6 +50,7 @@ def config_of(texts: dict[str, Path], tmp_path: Path, *options: str) -> RunConfi
     return tiny_config(texts, tmp_path / "runs", *plain, *own, *options)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_while_it_trains_and_at_its_end(
     texts: dict[str, Path],
     driver: None,

@@ -283,6 +283,7 @@ def test_a_cluster_of_ones_own_has_room_for_all_cells_at_once(
         experiment(config, choose(config, [], []), parallel=2)
 
 
+@pytest.mark.slow
 def test_a_real_experiment_survives_a_failed_cell_and_repeats_itself(
     shards: dict[str, Path], driver: None, console: Console, tmp_path: Path
 ) -> None:

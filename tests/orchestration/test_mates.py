@@ -48,6 +48,7 @@ def rows_of(config: RunConfig, stage: int) -> np.ndarray:
     return np.load(config.run_dir / "stages" / str(stage) / "rows.npy")
 
 
+@pytest.mark.slow
 def test_stages_are_one_run(undisturbed: RunConfig) -> None:
     folder, lines = undisturbed.run_dir, figures(undisturbed)
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
@@ -63,6 +64,7 @@ def test_stages_are_one_run(undisturbed: RunConfig) -> None:
     assert [path.name for path in sorted((folder / "stages").iterdir())] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_every_stage_trains_on_what_was_chosen_for_it(undisturbed: RunConfig) -> None:
     weights = pq.read_table(undisturbed.run_dir / "weights")
     ids, steps = (weights.column(name).to_numpy() for name in ("sample_id", "step"))
@@ -87,6 +89,7 @@ class Interrupted(RaySweep):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interruption_while_it_probes_leaves_no_trace(
     undisturbed: RunConfig,
     shards: dict[str, Path],
@@ -114,6 +117,7 @@ def test_an_interruption_while_it_probes_leaves_no_trace(
     assert given[9]["mates/spearman"] == figures(undisturbed)[9]["mates/spearman"]
 
 
+@pytest.mark.slow
 def test_the_choice_cannot_change_on_the_way(undisturbed: RunConfig, shards: dict[str, Path]) -> None:
     storage = undisturbed.run_dir.parent
     check(tiny_config(shards, storage, *OPTIONS, "name=undisturbed", "selection.tasks=5"))
@@ -122,6 +126,7 @@ def test_the_choice_cannot_change_on_the_way(undisturbed: RunConfig, shards: dic
             check(tiny_config(shards, storage, *OPTIONS, "name=undisturbed", change))
 
 
+@pytest.mark.slow
 def test_select_asks_a_finished_run(
     undisturbed: RunConfig, shards: dict[str, Path], driver: None, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ POD_CPUS = 2
 SMALLER = "lm.preset=tiny train.steps=8 train.global_batch=16 train.micro_batch=4 train.eval_every=4 bilevel.every=2 "
 SMALLER += "bilevel.warmup_steps=1 checkpoint.every=4 tracking.wandb=off"
 
-STEPS = 60
+STEPS = 40
 ELASTIC = ("cluster.workers=1,3", f"cluster.cpus_per_worker={POD_CPUS}", f"train.steps={STEPS}", "train.global_batch=9")
 ELASTIC += ("checkpoint.every=10", "bilevel.every=5")
 # What amplifies rounding is kept small: Adam where gradients are, and the DWM's.
@@ -112,7 +112,7 @@ def test_a_lost_node_leaves_the_run_to_the_others(pods: Cluster, shards: dict[st
     console = Console({**os.environ, **waiting, "RAY_ADDRESS": pods.address}, tmp_path)
     process = console.start(config)
     path = config.run_dir / "metrics.jsonl"
-    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 25, "step 25")
+    wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 15, "step 15")
     assert len(console.processes("ray::RayTrainWorker")) == 3
     pods.remove_node(third, allow_graceful=False)
     assert len(path.read_text().splitlines()) < STEPS, "the run was over before its node was lost"

@@ -99,6 +99,7 @@ def dsdm_config(shards: dict[str, Path], root: Path, *overrides: str) -> Any:
     return tiny_config(shards, root, *options, "selection.proxy.preset=tiny", "selection.proxy.steps=30", *overrides)
 
 
+@pytest.mark.slow
 def test_proxies_are_trained_once_for_all_selections(
     driver: None, shards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,6 +265,7 @@ def test_progress_is_a_line_for_each_beginning_and_end(capsys: pytest.CaptureFix
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # for machines that do something else too
 def test_a_real_sweep_survives_a_killed_driver(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
     text = SWEEP.replace("large: {set: {train.steps: 8}}", "").replace("promote: 1", "promote: 0")

@@ -86,6 +86,7 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[float, flo
     return run_all(tmp_path_factory.mktemp("peaks"), peaks, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RANKS, ids=str)
 def test_ranks_hold_what_is_predicted(held: dict[Any, tuple[float, float, str]], case: tuple[Any, ...]) -> None:
     predicted, measured, phase = held[case]

@@ -137,6 +137,7 @@ def layouts(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {name: (config, found[name]) for name, (_, config) in calls.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_ranks_send_what_is_planned(layouts: dict[str, tuple[RunConfig, Any]], name: str) -> None:
     config, found = layouts[name]

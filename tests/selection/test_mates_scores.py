@@ -37,6 +37,7 @@ def select(config: RunConfig, pool: Path, targets: dict[str, Path], looks: int) 
     return {"scored": scored, "rows": drawn(job, scored, 100), "notes": job.notes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [1, 2])
 def test_what_helps_the_lm_is_found(shards: dict[str, Path], tmp_path: Path, looks: int) -> None:
     make_shards(tmp_path / "pool", **POOL, seed=5)
