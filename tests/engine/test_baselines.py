@@ -146,6 +146,7 @@ def cut(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
     return run_all(folder, fitted, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CUTS[1:], ids=str)
 def test_world_and_accumulation_do_not_change_the_weights(

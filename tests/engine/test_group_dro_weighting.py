@@ -124,6 +124,7 @@ def test_noise_gains_by_its_loss_but_not_by_its_excess(
     assert early["group_dro/alpha/good"] > 0.5 > early["group_dro/alpha/noise"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "changes"), [(3, []), (1, ["train.micro_batch=3"]), (2, ["train.micro_batch=2"])])
 def test_world_and_accumulation_do_not_change_the_weights(
     shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path, world: int, changes: list[str]
@@ -149,10 +150,12 @@ def states(config: RunConfig) -> bool:
     return all(torch.equal(flat, x) for x in gathered)
 
 
+@pytest.mark.slow
 def test_all_ranks_agree_exactly(shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path) -> None:
     assert run(3, tmp_path / "p", states, tiny_config(shards, tmp_path, *over(lms["learnt"]), "cluster.workers=3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
     shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path, world: int
@@ -167,6 +170,7 @@ def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(whole["theta"], resumed["theta"], strict=True))
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_continues_the_game(
     shards: dict[str, Path], lms: dict[str, Path], tmp_path: Path
 ) -> None:

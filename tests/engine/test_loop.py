@@ -85,7 +85,14 @@ def fitted(config: RunConfig) -> list[dict[str, float]]:
     return read_metrics(config.run_dir / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("extra", [[], ["dwm.lm_features=true"], ["dwm.lm_features=true", "train.micro_batch=2"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        pytest.param(["dwm.lm_features=true"], marks=pytest.mark.slow),
+        pytest.param(["dwm.lm_features=true", "train.micro_batch=2"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_dwm_finds_what_resembles_the_target(shards: dict[str, Path], tmp_path: Path, extra: list[str]) -> None:
     options = ["train.steps=60", "bilevel.every=2", "dwm.lr=1e-2", "bilevel.kl=0.3"]
     lines = run(1, tmp_path / "p", fitted, tiny_config(shards, tmp_path, *options, *extra))

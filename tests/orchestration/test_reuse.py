@@ -21,6 +21,7 @@ def run(config: ExperimentConfig, reuse: Path | None = None) -> list[str]:
     return train.asked
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("given_dwms_fit")
 def test_what_is_configured_alike_is_copied(shards: dict[str, Path], tmp_path: Path) -> None:
     first = declare(shards, tmp_path)

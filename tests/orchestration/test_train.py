@@ -158,6 +158,7 @@ def test_a_failure_that_restarting_cannot_mend_ends_the_run_at_once(
     assert not (config.run_dir / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_last_with_what_is_known_of_it(
     shards: dict[str, Path], console: Console, tmp_path: Path
 ) -> None:
