@@ -95,7 +95,7 @@ def test_uniform_weights_are_plain_training_bit_for_bit(
         assert torch.equal(a, b)
 
 
-CUTS = [(1,), (2,), (1, "train.micro_batch=3"), (2, "train.micro_batch=2"), (5, "train.micro_batch=1")]
+CUTS = [(1,), (2,), (1, "train.micro_batch=3"), (5, "train.micro_batch=1")]
 """Ranks and overrides; the first is not cut."""
 
 
@@ -162,50 +162,49 @@ def test_a_world_that_does_not_divide_the_batch_does_not_change_the_run(
     assert distance(one["theta"], three["theta"]) < 1e-3
 
 
-RESUMED = [
+RESUMED: list[tuple[int, int, list[str]]] = [
     (1, 5, ["dwm.delay_steps=0", "bilevel.every=1"]),
     (2, 5, ["dwm.delay_steps=3", "bilevel.every=1"]),
     (1, 2, ["bilevel.every=1"]),  # before the first checkpoint
     (2, 7, ["dwm.delay_steps=2", "bilevel.every=3", "dwm.lm_features=true", "train.micro_batch=2"]),
     (1, 5, ["weighting.method=uniform"]),
-    (1, 5, ["weighting.method=loss", "weighting.r_warmup_steps=3", "weighting.r_anneal_steps=4"]),
-    (2, 5, ["weighting.method=joint_update_aware", "weighting.anchor_every=2", "weighting.anchor_sequences=16"]),
     (2, 5, ["bilevel.every=1", "bilevel.reuse=3", "bilevel.fraction=0.5", "data.more_targets.other={target}"]),
     (1, 4, ["bilevel.stages=2", "bilevel.stage_updates=2", "bilevel.stage_lm=hold"]),
+]
+RESUMED_SLOWLY: list[tuple[int, int, list[str]]] = [
+    (1, 5, ["weighting.method=loss", "weighting.r_warmup_steps=3", "weighting.r_anneal_steps=4"]),
+    (2, 5, ["weighting.method=joint_update_aware", "weighting.anchor_every=2", "weighting.anchor_sequences=16"]),
     (2, 5, ["dwm.control=shuffled", "bilevel.every=1", "dwm.look_ahead=true", "dwm.delay_steps=2"]),
     (1, 5, ["dwm.control=shuffled_target", "bilevel.every=1", "bilevel.estimator=ghost", "bilevel.target_at=theta"]),
     (1, 5, ["dwm.control=random", "bilevel.every=1", "train.optimizer=sgd", "train.momentum=0.9"]),
 ]
+"""Ranks, the step in which the run is cut, and overrides."""
 
 
-@pytest.fixture(scope="module")
-def resumed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Any, bool]]:
-    """For every row of RESUMED the uninterrupted run, the resumed one, and whether a DWM is learnt."""
-    folder, before, after = tmp_path_factory.mktemp("resumed"), {}, {}
-    for row, (world, stop_at, changes) in enumerate(RESUMED):
-        options = [f"cluster.workers={world}", "train.steps=8", "checkpoint.every=3"]
-        options += [change.format(**shards) for change in changes]
-        before[row, "whole"] = (world, tiny_config(shards, folder / f"{row}-whole", *options))
-        config = tiny_config(shards, folder / f"{row}-stopped", *options)
-        before[row, "stopped"], after[row] = (world, config, stop_at), (world, config)
-    whole = run_all(folder / "before", train, before)
-    for _, config, stop_at in (call for call in before.values() if len(call) == 3):
-        steps = [step_of(path) for path in list_checkpoints(config.run_dir / "checkpoints")]
-        assert steps == list(range(3, stop_at + 1, 3))
-    found = run_all(folder / "after", train, after)  # in processes that have not seen the run
-    return [(whole[row, "whole"], found[row], config.weighting.method == "dwm") for row, (_, config) in after.items()]
-
-
-@pytest.mark.parametrize("row", range(len(RESUMED)), ids=lambda row: "-".join(map(str, RESUMED[row])))
-def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(resumed: list[tuple[Any, Any, bool]], row: int) -> None:
-    whole, again, learns_dwm = resumed[row]
+@pytest.mark.parametrize(
+    ("world", "stop_at", "changes"),
+    [*RESUMED, *(pytest.param(*row, marks=pytest.mark.slow) for row in RESUMED_SLOWLY)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_stop_and_resume_is_the_uninterrupted_run_bit_for_bit(
+    shards: dict[str, Path], tmp_path: Path, world: int, stop_at: int, changes: list[str]
+) -> None:
+    options = [f"cluster.workers={world}", "train.steps=8", "checkpoint.every=3"]
+    options += [change.format(**shards) for change in changes]
+    config = tiny_config(shards, tmp_path / "whole", *options)
+    stopped = tiny_config(shards, tmp_path / "stopped", *options)
+    calls = {"whole": (world, config), "stopped": (world, stopped, stop_at)}
+    whole = run_all(tmp_path / "before", train, calls)["whole"]
+    steps = [step_of(path) for path in list_checkpoints(stopped.run_dir / "checkpoints")]
+    assert steps == list(range(3, stop_at + 1, 3))
+    again = run(world, tmp_path / "after", train, stopped)  # of several ranks: in processes that have not seen the run
     assert whole["lines"] == again["lines"]
-    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == learns_dwm
+    assert any(line.get("dwm/version", 0) > 0 for line in whole["lines"]) == (config.weighting.method == "dwm")
     for a, b in zip(whole["theta"] + whole["phi"], again["theta"] + again["phi"], strict=True):
         assert torch.equal(a, b)
 
 
-EXTRAS = [(), ("dwm.control=random",), ("bilevel.stages=2", "bilevel.stage_updates=2")]
+EXTRAS = [(), ("bilevel.stages=2", "bilevel.stage_updates=2")]
 
 
 @pytest.fixture(scope="module")

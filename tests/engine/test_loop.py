@@ -118,6 +118,7 @@ def test_learning_rates_are_logged(shards: dict[str, Path], tmp_path: Path, sche
     assert (rates[-1] < 3e-3) == (schedule != "constant")
 
 
+@pytest.mark.slow
 def test_importing_the_engine_does_not_import_ray() -> None:
     code = (
         "import sys, ray_dwm.engine.setup, ray_dwm.evaluation.perplexity; print(*{'ray', 'wandb'} & set(sys.modules))"

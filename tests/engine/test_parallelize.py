@@ -98,6 +98,7 @@ def layouts(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return run_all(folder, trained, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_no_layout_changes_a_run(layouts: dict[Any, Any], estimator: str) -> None:
     plain = layouts[estimator, 1]["plain"]

@@ -111,7 +111,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {PATIENCE_S:g} s"
-        time.sleep(0.05)
+        time.sleep(0.1)  # looking through all processes is work, too
 
 
 def run_job(environment: dict[str, str], script: str, *arguments: str) -> str:

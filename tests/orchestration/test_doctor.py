@@ -215,6 +215,7 @@ def test_nothing_but_json_on_standard_output(monkeypatch: pytest.MonkeyPatch) ->
     assert "raylet" in done.stderr
 
 
+@pytest.mark.slow
 def test_on_a_cluster(shards: dict[str, Path], console: Console, tmp_path: Path) -> None:
     good = tiny_config(shards, tmp_path / "new" / "runs", "cluster.workers=2", "train.micro_batch=4", "name=good")
     console.environment = {**console.environment, "COLUMNS": "160"}

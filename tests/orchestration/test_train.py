@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_dwm.config import RunConfig, to_yaml
 from ray_dwm.data.records import read_metrics
-from ray_dwm.engine.saved import list_checkpoints, step_of
+from ray_dwm.engine.saved import list_checkpoints
 from ray_dwm.errors import ResourceError, TrainingError
 from ray_dwm.models.folders import load_dwm
 from ray_dwm.orchestration import follow
@@ -179,6 +179,33 @@ def test_a_killed_worker_is_named_last_with_what_is_known_of_it(
     assert failure["step"] >= 5 and failure["memory_bytes"] > 0
 
 
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_the_same_command_continues_from_the_mirror(
+    undisturbed: RunConfig,
+    shards: dict[str, Path],
+    driver: None,
+    console: Console,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    elsewhere = f"mirror=file://{tmp_path / 'elsewhere'}"
+    config = tiny_config(shards, tmp_path, *OPTIONS, "checkpoint.every=1000", "name=stopped", elsewhere)
+    process = console.start(config)
+    wait_for(lambda: line_count(config) > 25, "step 25")
+    process.send_signal(signal.SIGTERM)
+    last = console.finish(config, process, code=1).splitlines()[-1]
+    step = line_count(config) - 1
+    assert last == f"error: [stopped] stopped at step {step}: checkpoint saved, the same command continues"
+    assert step < 60, "the run was over before the signal"
+    assert [p.name for p in (config.run_dir / "checkpoints").iterdir()] == [f"step_{step:09d}"]
+    wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the workers")
+    config.run_dir.rename(tmp_path / "a disk that is gone")
+    train(config)
+    assert f"comes from {config.mirror}, step {step}" in capsys.readouterr().out
+    assert figures(config) == figures(undisturbed)
+    assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
+
+
 def test_a_run_that_others_keep_waiting_writes_nothing(shards: dict[str, Path], driver: None, tmp_path: Path) -> None:
     config = tiny_config(shards, tmp_path / "runs", *OPTIONS, "cluster.free_within_s=0.5", "name=waits")
     told = "s, the run needs 4 CPUs, of which 1 CPUs are free now, with room for 0 of 2 workers"
@@ -187,61 +214,28 @@ def test_a_run_that_others_keep_waiting_writes_nothing(shards: dict[str, Path], 
     assert raised.value.exit_code == 2 and not (tmp_path / "runs").exists()
 
 
-def stopped_by_sigterm(config: RunConfig, console: Console) -> None:
-    """The console's run ends at a SIGTERM with a checkpoint, and its folder is lost: what is left is the mirror's."""
-    process = console.start(config)
-    wait_for(lambda: line_count(config) > 7, "step 7")
-    process.send_signal(signal.SIGTERM)
-    last = console.finish(config, process, code=1).splitlines()[-1]
-    step = line_count(config) - 1
-    assert last == f"error: [resubmitted] stopped at step {step}: checkpoint saved, the same command continues"
-    assert step_of(list_checkpoints(config.run_dir / "checkpoints")[-1]) == step
-    wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the workers")
-    config.run_dir.rename(config.run_dir.with_name("a disk that is gone"))
-
-
-def killed_twice(config: RunConfig, console: Console) -> dict[str, Any]:
-    """The actor, which restarts alone, then a worker; what was known of that one."""
-    (actor,) = console.processes("ray::DwmService")
-    actor.kill()
-    beat: dict[str, Any] = json.loads((config.run_dir / "workers" / "rank-00001.json").read_text())
-    wait_for(lambda: line_count(config) > 44, "step 44")
-    os.kill(beat["pid"], signal.SIGKILL)
-    assert line_count(config) < 60, "the run was over before the last kill"
-    return beat
-
-
 def drivers(job: str) -> list[psutil.Process]:
     """Processes of a job's driver, and of the shell that it was started by."""
     return [p for p in psutil.process_iter(["cmdline"]) if job in " ".join(p.info["cmdline"] or [])]
 
 
-@pytest.fixture
-def tree(console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder for `ray-dwm submit`, which finds the cluster."""
-    folder = tmp_path / "tree"
-    folder.mkdir()
-    for name in ("jobs", "ray_dwm", "runtime_env.yaml"):
-        (folder / name).symlink_to(ROOT / name)
-    for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        monkeypatch.setenv(key, console.environment[key])
-    monkeypatch.setattr(follow, "_PAUSE_S", 0.5)
-    return folder
-
-
-def test_neither_sigterm_nor_kill_9_leaves_a_trace_whether_of_driver_actor_or_worker(
+def test_kill_9_leaves_no_trace_whether_driver_actor_or_worker(
     undisturbed: RunConfig,
     shards: dict[str, Path],
     console: Console,
-    tree: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A console's run, which a job continues from the mirror; its driver is killed, and it is submitted again."""
-    mirror, out = f"mirror=file://{tmp_path / 'elsewhere'}", io.StringIO()
-    config = tiny_config(shards, tmp_path / "runs", *OPTIONS, "name=resubmitted", mirror)
-    stopped_by_sigterm(config, console)
+    """The driver of a job, which is submitted again; then the actor, which restarts alone; then a worker."""
+    config = tiny_config(shards, tmp_path / "runs", *OPTIONS, "name=resubmitted")
+    tree, out = tmp_path / "tree", io.StringIO()
+    tree.mkdir()
+    for name in ("jobs", "ray_dwm", "runtime_env.yaml"):
+        (tree / name).symlink_to(ROOT / name)
     (tree / f"{tmp_path.name}.yaml").write_text(to_yaml(config))
+    for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(key, console.environment[key])
+    monkeypatch.setattr(follow, "_PAUSE_S", 0.5)
     monkeypatch.setattr(sys, "stdout", out)
     request = Request("train", ["--config", f"{tmp_path.name}.yaml"], tree)
     with ThreadPoolExecutor() as pool:
@@ -249,21 +243,24 @@ def test_neither_sigterm_nor_kill_9_leaves_a_trace_whether_of_driver_actor_or_wo
         wait_for(config.run_dir.exists, "the run")
         attached = pool.submit(submit, request)
         wait_for(lambda: "-1] is running already" in out.getvalue(), "the second command")
-        wait_for(lambda: line_count(config) > 20, "step 20")
+        wait_for(lambda: line_count(config) > 12, "step 12")
         for process in drivers(f"jobs/train.py --config {tmp_path.name}.yaml"):
             process.kill()
         assert first.result(PATIENCE_S) == attached.result(PATIENCE_S) == 128 + signal.SIGKILL
         wait_for(lambda: not console.processes("ray::RayTrainWorker"), "the end of the orphaned workers")
         made = line_count(config)
         again = pool.submit(submit, request)
-        wait_for(lambda: line_count(config) > max(32, made), "step 32 of the second job")
-        beat = killed_twice(config, console)
+        wait_for(lambda: line_count(config) > max(25, made), "step 25 of the second attempt")
+        (actor,) = console.processes("ray::DwmService")
+        actor.kill()
+        beat = json.loads((config.run_dir / "workers" / "rank-00001.json").read_text())
+        wait_for(lambda: line_count(config) > 42, "step 42 of the second attempt")
+        os.kill(beat["pid"], signal.SIGKILL)
+        assert line_count(config) < 60, "the run was over before the last kill"
         assert again.result(PATIENCE_S) == 0
-    told = out.getvalue()
-    assert f"comes from {config.mirror}, step " in told
-    assert "-1] was killed by SIGKILL: the same command continues" in told
-    assert "-2] uploading " in told and "[resubmitted] step 60/60" in told
-    assert (config.run_dir / "attempts").read_text() == f"{beat['attempt'] + 1}\n"
+    assert "-1] was killed by SIGKILL: the same command continues" in out.getvalue()
+    assert "-2] uploading " in out.getvalue() and "[resubmitted] step 60/60" in out.getvalue()
+    assert beat["attempt"] == 2 and (config.run_dir / "attempts").read_text() == "3\n"
     assert figures(config) == figures(undisturbed)
     assert pq.read_table(config.run_dir / "weights").equals(pq.read_table(undisturbed.run_dir / "weights"))
 
