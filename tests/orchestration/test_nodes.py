@@ -97,6 +97,7 @@ def test_the_entrypoint_trains_on_the_pods_and_on_those_that_are_left(
     path = run_dir / "metrics.jsonl"
     try:
         wait_for(lambda: path.exists() or submitter.poll() is not None, "the first step")
+        assert path.exists(), (tmp_path / "log").read_text()
         # What a pod's preStop hook looks for, among processes of this run.
         drivers = [Path(f"/proc/{pid}/cmdline").read_text() for pid in leaving.drivers(leaving.PROCESSES)]
         wait_for(lambda: len(path.read_text().splitlines()) > 15 or submitter.poll() is not None, "step 15")
