@@ -86,6 +86,7 @@ def budgeted(config: RunConfig, stop_at: int) -> list[Any]:
     return [steps, [shard(p).detach().clone() for p in trainer._lower.parameters]]
 
 
+@pytest.mark.slow
 def test_a_budget_run_resumes_with_its_choice(shards: dict[str, Path], tmp_path: Path) -> None:
     """0.18 s a visit and 5 % of 1 s: every 4th step, chosen at the third visit."""
     options = ["bilevel.every=0", "train.steps=40", "checkpoint.every=6", "bilevel.fidelity_every=0"]

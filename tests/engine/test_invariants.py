@@ -217,6 +217,7 @@ def weighed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return run_all(folder, train, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", EXTRAS, ids=" ".join)
 def test_weighing_ahead_changes_nothing(weighed: dict[Any, Any], extra: tuple[str, ...]) -> None:
     plain, other = weighed[extra, False], weighed[extra, True]

@@ -127,6 +127,7 @@ def test_importing_the_engine_does_not_import_ray() -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_a_profiled_run_leaves_a_trace_of_the_steps_asked_for(shards: dict[str, Path], tmp_path: Path) -> None:
     options = ("train.profile=true", "train.profile_first=2", "train.profile_steps=2")
     config = tiny_config(shards, tmp_path, *options, "train.micro_batch=4", "checkpoint.every=3")

@@ -201,7 +201,9 @@ def in_parts(config: RunConfig, ends: list[int]) -> list[dict[str, float]]:
     return lines_of(config)
 
 
-@pytest.mark.parametrize("extra", [(), ("dwm.look_ahead=true", "dwm.delay_steps=2")])
+@pytest.mark.parametrize(
+    "extra", [(), pytest.param(("dwm.look_ahead=true", "dwm.delay_steps=2"), marks=pytest.mark.slow)]
+)
 def test_a_run_in_parts_is_the_same_run(shards: dict[str, Path], tmp_path: Path, extra: tuple[str, ...]) -> None:
     whole = tiny_config(shards, tmp_path, *OPTIONS, *extra, "name=whole")
     parts = tiny_config(shards, tmp_path, *OPTIONS, *extra, "name=parts")

@@ -81,6 +81,7 @@ def in_this_process(proxies: tuple[Proxy, ...], pool: Manifest, sweep: object) -
             gloo.run(1, proxy.run.run_dir.parent, trained, proxy.run)
 
 
+@pytest.mark.slow
 def test_a_round_goes_on_from_the_weights_of_the_one_before(
     shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
