@@ -41,6 +41,7 @@ def undisturbed(shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 LAYOUTS = [
     ((1, 0), (2, 0)),
     ((2, 0), (1, 0)),
+    ((2, 0), (4, 0)),
     ((2, 1), (2, 0)),  # two copies of the LM, then one in two parts
     ((4, 2), (2, 1)),  # two copies in two parts each, then two whole ones
 ]
