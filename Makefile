@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/ray-dwm compare --config configs/quickstart.yaml
 
-# Side by side, because those with Ray mostly wait.
+# Side by side: alone, either leaves one core idle half of the time.
 test: WHICH := not slow
 test-slow: WHICH := slow
 test test-slow: $(STAMP)

@@ -27,14 +27,8 @@ from ray_dwm.engine.setup import build
 from ray_dwm.orchestration import leaving
 
 STEPS = 40
-SMALLER = (
-    "lm.preset=tiny",
-    f"train.steps={STEPS}",
-    "train.global_batch=9",
-    "train.micro_batch=8",
-    "tracking.wandb=off",
-)
-SMALLER += ("bilevel.warmup_steps=1", "checkpoint.every=10")
+SMALLER = ("lm.preset=tiny", f"train.steps={STEPS}", "train.global_batch=9", "train.micro_batch=8")
+SMALLER += ("bilevel.warmup_steps=1", "checkpoint.every=10", "tracking.wandb=off")
 ELASTIC = ("cluster.workers=1,2", "cluster.cpus_per_worker=2")  # all that a pod has, so that each has one to itself
 # What amplifies rounding is kept small: Adam where gradients are, and the DWM's.
 ELASTIC += ("bilevel.estimator=central", "bilevel.epsilon=0.1", "train.eps=1e-4", "dwm.lr=3e-4")
